@@ -1,0 +1,18 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv from settings.ini first.
+PYTHON ?= python3
+BIN = .venv/bin/
+export MPLBACKEND = agg
+
+.PHONY: demo test
+demo: .venv/ready
+	$(BIN)aoe_demo
+
+test: .venv/ready
+	$(BIN)nbdev_test --n_workers 2 --timing
+	$(BIN)pytest -q -rs tests
+
+.venv/ready: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)python -m pip install -q --upgrade pip
+	$(BIN)python -m pip install -q -e '.[dev]'
+	touch $@
