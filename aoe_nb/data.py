@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['Images', 'inliers', 'unseen', 'outliers', 'ImageDL', 'Pixels', 'OutlierStream']
 
-# %% ../nbs/00_data.ipynb #3d2d6a38
+# %% ../nbs/00_data.ipynb #35fc31bb
 import random, warnings, numpy as np, torch, torch.nn.functional as F
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
-from fastcore.all import L, chunked, patch, partial
+from fastcore.all import L, chunked, patch
 with warnings.catch_warnings():
     warnings.simplefilter('ignore') # fastai 2.8 calls the deprecated torch.jit.script when imported
-    from fastai.data.all import *
-    from fastai.torch_core import TensorImage, TensorCategory, default_device, no_random
+    import fastai.vision.data
+    from fastai.data.core import DataLoaders, TfmdDL
+    from fastai.data.transforms import Category, IntToFloatTensor, Normalize, get_image_files
+    from fastai.vision.core import PILImage, image2tensor
     from fastai.losses import CrossEntropyLossFlat
-    from fastai.vision.core import *
-    from fastai.vision.data import *
+    from fastai.torch_core import TensorCategory, TensorImage, default_device, no_random
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.model_selection import train_test_split
 
@@ -66,12 +67,12 @@ def show(self:Images, n=10, ax=None, figsize=None):
     ax.imshow(row.expand(-1,-1,3) if row.shape[2] == 1 else row); ax.axis('off'); ax.set_title(self.name, loc='left', fontsize=9)
     return ax
 
-# %% ../nbs/00_data.ipynb #47712363
+# %% ../nbs/00_data.ipynb #4f7783ef
 def _digits(split, classes=range(10)):
-    "scikit-learn's digits, 70% to train and 30% to test within each class, always the same"
+    "scikit-learn's digits, 15% of each class to train and the rest to test, always the same"
     d = load_digits()
     x,y = torch.tensor(d.images*255/16).round().byte()[:,None],torch.tensor(d.target)
-    train,test = train_test_split(torch.arange(len(y)), test_size=.3, stratify=y, random_state=0)
+    train,test = train_test_split(torch.arange(len(y)), train_size=.15, stratify=y, random_state=0)
     idx = dict(train=train, test=test, all=torch.arange(len(y)))[split]
     return Images(x[idx], y[idx], [str(o) for o in range(10)], 'digits').select(list(classes))
 
@@ -161,12 +162,16 @@ def outliers(
     if x.ndim == 4 and x.shape[1] not in (1,3) and x.shape[3] in (1,3): x = x.permute(0,3,1,2)
     return Images(x, name=path.stem)
 
-# %% ../nbs/00_data.ipynb #a29926c7
+# %% ../nbs/00_data.ipynb #52092a03
 class ImageDL(TfmdDL):
     "A fastai `TfmdDL` over `Images` that takes them a whole batch at a time"
     def create_batches(self, samps):
         if not isinstance(self.dataset, Images): return (yield from super().create_batches(samps)) # the items of `predict`
         for idx in chunked(samps, self.bs, self.drop_last): yield self.dataset[list(idx)]
+    def create_item(self, s):
+        o = super().create_item(s)
+        if not isinstance(o, (tuple,Tensor)): o = TensorImage(image2tensor(PILImage.create(o)))
+        return o if isinstance(o, tuple) else (o,)
 
 @patch
 def dl(self:Images, bs=256, shuffle=False, batch_tfms=None, normalize=None, seed=None, **kwargs):
@@ -232,7 +237,7 @@ class Pixels:
             'for it: normalise with fastai\'s Normalize in batch_tfms, or inside the model')
         return x.clamp(0, 1)
 
-# %% ../nbs/00_data.ipynb #b0d837da
+# %% ../nbs/00_data.ipynb #ca8c672a
 def as_pixels(x, name='the outliers'):
     "Float images in [0,1] from uint8, or float ones that are in that range already"
     x = torch.as_tensor(x).as_subclass(Tensor)
@@ -242,7 +247,7 @@ def as_pixels(x, name='the outliers'):
         raise ValueError(f'{name} span [{x.min():.3g}, {x.max():.3g}], not [0,1]: divide 0..255 by 255, and leave normalisation to the learner')
     return x.float()
 
-def _no_labels(b, vocab, own):
+def _no_labels(b, own):
     "The images of a batch, after a look at labels that would make them inliers"
     if not isinstance(b, (tuple,list)): return b
     for y in b[1:]:
@@ -251,33 +256,32 @@ def _no_labels(b, vocab, own):
                 'images only, or mark them with target_transform=lambda y: -1')
     return b[0]
 
-def _disjoint(own, vocab):
-    "Refuse outliers of the classes that the classifier is for"
-    if both := sorted(set(map(str, own or ())) & set(map(str, vocab or ()))):
-        raise ValueError(f'the outliers carry inlier labels: {", ".join(both[:5])} are classes of the classifier. Drop those images, or give the rest without labels')
-
-# %% ../nbs/00_data.ipynb #93a53cd4
+# %% ../nbs/00_data.ipynb #a8a0ed97
 class OutlierStream:
     "Endless outliers in [0,1] from `Images`, a tensor, a path, a name, a `DataLoader`, or a callable or object with `sample` that makes `n` of them"
-    def __init__(self, source, seed=0, vocab=None):
+    def __init__(self, source, seed=0):
         if isinstance(source, (str,Path)): source = outliers(source)
         self.own = getattr(source, 'vocab', None)
-        _disjoint(self.own, vocab)
         if isinstance(source, (np.ndarray,Tensor)) and source.ndim != 4: raise ValueError(f'outliers must have shape (N,C,H,W), these have {tuple(source.shape)}')
         x = source.x if isinstance(source, Images) else source
         if not callable(x) and hasattr(x, '__len__') and not len(x): raise ValueError('the outlier source is empty: outlier exposure needs at least one image')
         if not hasattr(x, '__iter__'): x = getattr(x, 'sample', x)
         if not callable(x) and not hasattr(x, '__iter__'): raise TypeError(f'outliers cannot be drawn from a {type(x).__name__}: give Images, a tensor, a path, a DataLoader or a function of n')
-        self.source,self.seed,self.vocab = x,seed,vocab
+        self.source,self.seed = x,seed
         self.rewind()
 
     def rewind(self):
         "Start over, as if nothing had been drawn"
         self.gen,self.pos,self.perm,self.batches,self.left = torch.Generator().manual_seed(self.seed),0,None,None,None
 
+    def check(self, vocab):
+        "Refuse outliers of the classes in `vocab`, those that the classifier is for"
+        if both := sorted(set(map(str, self.own or ())) & set(map(str, vocab or ()))):
+            raise ValueError(f'the outliers carry inlier labels: {", ".join(both[:5])} are classes of the classifier. Drop those images, or give the rest without labels')
+
     def _private(self): return no_random(int(torch.randint(2**31, (1,), generator=self.gen)))
 
-# %% ../nbs/00_data.ipynb #cba75abb
+# %% ../nbs/00_data.ipynb #8a623ed6
 @patch
 def _indexed(self:OutlierStream, n):
     "The next `n` indices, a fresh permutation whenever the last is used up"
@@ -295,7 +299,7 @@ def _loaded(self:OutlierStream):
         for fresh in (False,True):
             if self.batches is None or fresh: self.batches = iter(self.source)
             b = next(self.batches, None)
-            if b is not None: return px.decode(_no_labels(b, self.vocab, self.own)) if px.norm else _no_labels(b, self.vocab, self.own)
+            if b is not None: return px.decode(_no_labels(b, self.own)) if px.norm else _no_labels(b, self.own)
     raise ValueError('the outlier source is empty: the loader yields no batch')
 
 # %% ../nbs/00_data.ipynb #361c2c83

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['scores', 'energy', 'msp', 'max_logit', 'entropy', 'get_score', 'uniform_ce', 'energy_margin']
 
-# %% ../nbs/01_energy.ipynb #475d7d20
-import math, torch, torch.nn.functional as F
+# %% ../nbs/01_energy.ipynb #3e4570e5
+import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/01_energy.ipynb #8b332b49

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['small_cnn']
 
-# %% ../nbs/05_models.ipynb #6c7f00fe
-import torch
+# %% ../nbs/05_models.ipynb #580d61d0
 from torch import nn
 
-# %% ../nbs/05_models.ipynb #a6c07b93
+# %% ../nbs/05_models.ipynb #20486e5c
 def small_cnn(
     c_in:int=1, # channels of the images
     n_out:int=10, # classes
-    width:int=32, # channels of the first layer
+    width:int=16, # channels of the first layer
 )->nn.Sequential: # (N,c_in,H,W) with H, W >= 4 -> logits (N,n_out)
     "Three 3x3 convolutions with BatchNorm and ReLU, the last two with stride 2, then global average pooling"
     def block(i, o, stride): return [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
