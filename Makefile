@@ -16,3 +16,7 @@ test: .venv/ready
 	$(BIN)python -m pip install -q --upgrade pip
 	$(BIN)python -m pip install -q -e '.[dev]'
 	touch $@
+
+.PHONY: readme
+readme: .venv/ready
+	$(BIN)python tests/readme.py

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OutlierExposure', 'DeviceMixedPrecision']
 
-# %% ../nbs/03_exposure.ipynb #88a820c4
+# %% ../nbs/03_exposure.ipynb #5bc3e906
 import math, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .attack import eval_mode
 from .data import OutlierStream, Pixels
 from .energy import energy, energy_margin, get_score, uniform_ce
-from fastcore.all import delegates, patch
+from fastcore.all import L, delegates, patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -233,9 +233,10 @@ def exposed(self:Learner, n=8):
     try: return x,cb._moved_out(x)
     finally: cb.load_state_dict(sd)
 
-# %% ../nbs/03_exposure.ipynb #16e2f7d3
+# %% ../nbs/03_exposure.ipynb #772eec7e
 class DeviceMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision` with autocast on the learner's own device, so that bfloat16 works on a CPU too"
     def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16 if self.amp_mode == AMPMode.BF16 else torch.float16)
+        kind,half = next(self.model.parameters()).device.type,dict(fp16=torch.float16, bf16=torch.bfloat16)[self.amp_mode.value]
+        self.autocast,self.scales = torch.autocast(kind, half),L()
+        self.learn.scaler = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': half == torch.float16})
