@@ -9,7 +9,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)nbdev_test --n_workers 2 --timing
-	$(BIN)pytest -q -rs tests
+	$(BIN)pytest -q tests
 
 .venv/ready: settings.ini setup.py
 	$(PYTHON) -m venv .venv

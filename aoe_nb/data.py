@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Images', 'inliers', 'unseen', 'outliers', 'ImageDL', 'Pixels', 'OutlierStream']
 
-# %% ../nbs/00_data.ipynb #35fc31bb
+# %% ../nbs/00_data.ipynb #4ad21514
 import random, warnings, numpy as np, torch, torch.nn.functional as F
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from PIL import Image
@@ -109,7 +110,7 @@ def inliers(
     res = f(split); res.name = name
     return res
 
-# %% ../nbs/00_data.ipynb #ed61d129
+# %% ../nbs/00_data.ipynb #dd7a2018
 _unseen = {'digits7': {'digits389': ('near', partial(_digits, 'all', [3,8,9])), 'flower': ('far', partial(_patches, 'flower')),
                          'uniform': ('noise', partial(_noise, 'uniform')), 'gaussian': ('noise', partial(_noise, 'gaussian'))}}
 _groups = 'near','far','noise'
@@ -122,7 +123,7 @@ def unseen(
     table = _known(id, _unseen, 'set of inliers with unseen outliers')
     if which == 'all': names = list(table)
     elif which in _groups: names = [k for k,(g,_) in table.items() if g == which]
-    elif isinstance(which, str): raise ValueError(f'unknown group {which!r}: choose near, far, noise or all, or give a list of {", ".join(table)}')
+    elif which is None or isinstance(which, str): raise ValueError(f'unknown group {which!r}: choose near, far, noise or all, or give a list of {", ".join(table)}')
     else: names = list(which)
     def load(name):
         group,f = _known(name, table, 'set of unseen outliers')
@@ -130,25 +131,31 @@ def unseen(
         return res
     return {o: load(o) for o in names}
 
-# %% ../nbs/00_data.ipynb #06d3595f
+# %% ../nbs/00_data.ipynb #8f9df1f5
 def _read_folder(path):
     "All images below the folder `path`, which must have one size"
     files = get_image_files(path).sorted()
     if not files: raise ValueError(f'no images below {path}: outliers to expose need at least one')
-    ims = [np.asarray(Image.open(f).convert('RGB')) for f in files]
+    ims = [Image.open(f) for f in files]
+    mode = 'L' if all(o.mode in ('1','L') for o in ims) else 'RGB'
+    ims = [np.asarray(o.convert(mode)) for o in ims]
     if odd := {o.shape[:2] for o in ims} - {ims[0].shape[:2]}:
         raise ValueError(f'{path} has images of {ims[0].shape[:2]} and of {odd.pop()} pixels: resize them to the size of the inliers first')
-    return np.stack(ims).transpose(0,3,1,2)
+    return np.stack(ims)[:,None] if mode == 'L' else np.stack(ims).transpose(0,3,1,2)
 
 def _read_file(path):
-    "The uint8 array in an .npz, .npy or .pt file"
-    if path.suffix == '.npy': return np.load(path, mmap_mode='c', allow_pickle=False)
-    if path.suffix == '.npz':
-        with np.load(path, allow_pickle=False) as f: return f['x' if 'x' in f else f.files[0]]
-    if path.suffix in ('.pt','.pth'): return torch.load(path, map_location='cpu', weights_only=True)
+    "The array or tensor of images in an .npz, .npy or .pt file, which may hold nothing that runs code"
+    try:
+        if path.suffix == '.npy': return np.load(path, mmap_mode='c', allow_pickle=False)
+        if path.suffix == '.npz':
+            with np.load(path, allow_pickle=False) as f: return f['x' if 'x' in f else f.files[0]]
+        if path.suffix in ('.pt','.pth'):
+            if isinstance(x := torch.load(path, map_location='cpu', weights_only=True), Tensor): return x
+            raise ValueError(f'it holds a {type(x).__name__}, not a tensor')
+    except Exception as e: raise ValueError(f'cannot read outliers from {path} ({str(e).splitlines()[0][:120]}): save one uint8 array of shape (N,3,H,W), without pickles') from None
     raise ValueError(f'cannot read {path}: outliers come as a folder of images or as .npz, .npy or .pt')
 
-# %% ../nbs/00_data.ipynb #35a49621
+# %% ../nbs/00_data.ipynb #6c708722
 _outliers = {'china': partial(_patches, 'china', 2000)}
 
 def outliers(
@@ -157,7 +164,7 @@ def outliers(
     "Outliers to expose in training"
     if source in _outliers: f = _outliers[source]; res = f(); res.name = source; return res
     path = Path(source)
-    if not path.exists(): raise ValueError(f'{source!r} is neither a file, a folder, nor one of the known outliers: {", ".join(_outliers)}')
+    if not str(source) or not path.exists(): raise ValueError(f'{source!r} is neither a file, a folder, nor one of the known outliers: {", ".join(_outliers)}')
     x = torch.as_tensor(_read_folder(path) if path.is_dir() else _read_file(path))
     if x.ndim == 4 and x.shape[1] not in (1,3) and x.shape[3] in (1,3): x = x.permute(0,3,1,2)
     return Images(x, name=path.stem)
@@ -199,7 +206,7 @@ def dls(
     kw = dict(batch_tfms=batch_tfms, normalize=normalize, seed=seed, device=device or default_device())
     return DataLoaders(train.dl(bs, shuffle=True, drop_last=len(train) > bs, **kw), valid.dl(2*bs, **kw), device=kw['device'])
 
-# %% ../nbs/00_data.ipynb #2a9eda72
+# %% ../nbs/00_data.ipynb #5bc9a0aa
 @patch(as_prop=True)
 def vocab(self:Images): return self.classes
 @patch(as_prop=True)
@@ -211,18 +218,27 @@ def decode(self:Images, o, full=True):
     "What `show_batch` shows: the class's name for its number"
     return o[0],*(Category(self.classes[i]) for i in o[1:])
 @patch
+@contextmanager
+def set_split_idx(self:Images, i):
+    "For `Learner.tta`, which validates with the transforms of training"
+    old = getattr(self, 'split_idx', None); self.split_idx = i
+    try: yield self
+    finally: self.split_idx = old
+@patch
 def new_empty(self:Images):
     "No images, the same classes: what `Learner.export` keeps"
     res = self.take(slice(0,0)); res.split_idx = getattr(self, 'split_idx', None)
     return res
 
-# %% ../nbs/00_data.ipynb #81b5a9ef
+# %% ../nbs/00_data.ipynb #58e5047f
 class Pixels:
-    "From [0,1] images to the inputs of a learner's model and back: the `Normalize` of a `DataLoader`, or nothing if it has none"
+    "From [0,1] images to the inputs of a learner's model and back: the `Normalize` of a `DataLoader`, or nothing if it has none; and the batch transforms before and after it"
     def __init__(self, dl):
         found = [o for o in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(o, Normalize)]
         if len(found) > 1: raise ValueError('the pipeline normalises twice: remove one Normalize')
-        self.norm = found[0] if found else None
+        self.norm,fs = found[0] if found else None,[o for o in getattr(getattr(dl, 'after_batch', None), 'fs', []) if not isinstance(o, IntToFloatTensor)]
+        i = fs.index(self.norm) if found else len(fs)
+        self.before,self.after = fs[:i],fs[i+1:] # transforms of pixels, and of normalised inputs
     def stats(self, x): return self.norm.mean.to(x.device, x.dtype),self.norm.std.to(x.device, x.dtype)
     def encode(self, x): # pixels -> inputs
         x = x.as_subclass(Tensor)
@@ -237,7 +253,7 @@ class Pixels:
             'for it: normalise with fastai\'s Normalize in batch_tfms, or inside the model')
         return x.clamp(0, 1)
 
-# %% ../nbs/00_data.ipynb #ca8c672a
+# %% ../nbs/00_data.ipynb #7f73bad6
 def as_pixels(x, name='the outliers'):
     "Float images in [0,1] from uint8, or float ones that are in that range already"
     x = torch.as_tensor(x).as_subclass(Tensor)
@@ -256,15 +272,22 @@ def _no_labels(b, own):
                 'images only, or mark them with target_transform=lambda y: -1')
     return b[0]
 
-# %% ../nbs/00_data.ipynb #a8a0ed97
+def _length(x):
+    "`len(x)`, or None where there is none, as for iterable data sets"
+    try: return len(x)
+    except TypeError: return None
+
+# %% ../nbs/00_data.ipynb #b89ed331
 class OutlierStream:
     "Endless outliers in [0,1] from `Images`, a tensor, a path, a name, a `DataLoader`, or a callable or object with `sample` that makes `n` of them"
     def __init__(self, source, seed=0):
         if isinstance(source, (str,Path)): source = outliers(source)
-        self.own = getattr(source, 'vocab', None)
+        if isinstance(source, DataLoaders): source = source.train
+        self.given,self.own = source,getattr(source, 'vocab', None)
+        if isinstance(source, Images) and source.y is not None and self.own is None: _no_labels((source.x, source.y), None)
         if isinstance(source, (np.ndarray,Tensor)) and source.ndim != 4: raise ValueError(f'outliers must have shape (N,C,H,W), these have {tuple(source.shape)}')
         x = source.x if isinstance(source, Images) else source
-        if not callable(x) and hasattr(x, '__len__') and not len(x): raise ValueError('the outlier source is empty: outlier exposure needs at least one image')
+        if not callable(x) and _length(x) == 0: raise ValueError('the outlier source is empty: outlier exposure needs at least one image')
         if not hasattr(x, '__iter__'): x = getattr(x, 'sample', x)
         if not callable(x) and not hasattr(x, '__iter__'): raise TypeError(f'outliers cannot be drawn from a {type(x).__name__}: give Images, a tensor, a path, a DataLoader or a function of n')
         self.source,self.seed = x,seed
@@ -272,6 +295,7 @@ class OutlierStream:
 
     def rewind(self):
         "Start over, as if nothing had been drawn"
+        if isinstance(getattr(self.source, 'rng', None), random.Random): self.source.rng = random.Random(self.seed) # fastai's loaders shuffle with this
         self.gen,self.pos,self.perm,self.batches,self.left = torch.Generator().manual_seed(self.seed),0,None,None,None
 
     def check(self, vocab):

@@ -22,7 +22,7 @@ def test_same_seed_same_numbers_and_nothing_is_done_twice(tmp_path):
     for name in 'table.txt','figure.png': assert (a/'demo'/name).exists() and str(a/'demo'/name) in one.stdout
     assert 'run' in one.stderr and '100%' in one.stderr # the progress bar
     times = {p: p.stat().st_mtime_ns for p in a.rglob('*.json')}
-    again = demo('--out', a, '--seeds', 1, '--epochs', 2)
+    again = demo('--out', a, '--seeds', 1, '--epochs', 2, '--eps', '16.0')
     assert '4 of 4 runs' in again.stdout and times == {p: p.stat().st_mtime_ns for p in a.rglob('*.json')}
 
 @pytest.mark.parametrize('args,why', [(('--bn','own'), 'mixed, inliers, separate'), (('--eps','300'), 'eps'), (('--lam','-1'), 'lam'),
@@ -30,3 +30,9 @@ def test_same_seed_same_numbers_and_nothing_is_done_twice(tmp_path):
 def test_bad_input_is_refused_before_training(args, why, tmp_path):
     r = demo(*(('--out', tmp_path) if '--out' not in args else ()), *args)
     assert r.returncode and why in r.stderr and 'run/s' not in r.stderr and not list(tmp_path.rglob('*.json'))
+
+def test_another_config_in_the_same_folder_has_a_table_of_its_own(tmp_path):
+    def table(*a): r = demo('--out', tmp_path, '--seeds', 1, *a); return (tmp_path/'demo/table.txt').read_text()
+    first = table('--epochs', 1)
+    second = table('--epochs', 2)
+    assert first != second and '±' not in second and table('--epochs', 1) == first
