@@ -24,7 +24,7 @@ learn = Learner(dls, small_cnn(1, dls.c), metrics=accuracy).expose(outliers('chi
 before = [p.clone() for p in learn.model.parameters()]
 with learn.no_bar(), learn.no_logging(): learn.fit(1)
 assert any((p != q).any() for p, q in zip(before, learn.model.parameters())) and learn.recorder.losses[-1].isfinite()
-print(learn.ood_report(unseen('near')).AUROC.round(3).to_dict())
+print(learn.ood_report(unseen('near', id='digits7')).AUROC.round(3).to_dict())
 print('fastai', fastai.__version__, 'fastcore', fastcore.__version__)
 '''
 
