@@ -15,6 +15,7 @@ test: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)python -m pip install -q --upgrade pip
 	$(BIN)python -m pip install -q -e '.[dev]'
+	$(BIN)python -m pip install -q --no-deps torchattacks
 	touch $@
 
 .PHONY: readme

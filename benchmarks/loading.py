@@ -20,19 +20,25 @@ def rate(dl, n_batches):
     for _,b in zip(range(n_batches), it): n += len(b[0])
     return n/(time.time()-t)
 
-def epoch_rate(dls, steps=40, bs=256):
-    "Images per second of training a ResNet-20 in bfloat16, channels last"
-    learn = Learner(dls, resnet20(stats=None).to(memory_format=torch.channels_last), cbs=[DeviceMixedPrecision(amp_mode='bf16'), ShortEpochCallback(steps/len(dls.train), short_valid=True)])
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 1e-3); t = time.time(); learn.fit(1, 1e-3)
-    return steps*bs/(time.time()-t)
+class Clock(Callback):
+    "When each training batch ended"
+    def before_fit(self): self.ends = []
+    def after_batch(self):
+        if self.training: self.ends.append(time.time())
+
+def epoch_rate(dls, bf16, bs=256):
+    "Images per second of a fifth of an epoch of ResNet-20, channels last"
+    clock = Clock()
+    learn = Learner(dls, resnet20(stats=None).to(memory_format=torch.channels_last), cbs=[clock, ShortEpochCallback(.2)] + [DeviceMixedPrecision(amp_mode='bf16')]*bf16)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    return bs*(len(clock.ends)-1)/(clock.ends[-1]-clock.ends[0])
 
 if __name__ == '__main__':
     t0 = time.time()
     train,t = inliers('cifar10'),time.time(); inliers('cifar10'); again = time.time()-t
     fast = train.dls(256, valid=inliers('cifar10', 'test'), batch_tfms=RandomCropFlip(), normalize=cifar10_stats)
     ordinary = ImageDataLoaders.from_folder(_folder('cifar10', 'train').parent, train='train', valid='test', bs=256, num_workers=2, batch_tfms=[Flip(), Normalize.from_stats(*cifar10_stats)])
-    res = dict(load_seconds=round(again, 2), fast_path=round(rate(fast.train, 100)), ordinary_path=round(rate(ordinary.train, 60)), resnet20_epoch=round(epoch_rate(fast)))
+    res = dict(load_seconds=round(again, 2), fast_path=round(rate(fast.train, 100)), ordinary_path=round(rate(ordinary.train, 60)), resnet20_bf16=round(epoch_rate(fast, True)), resnet20_fp32=round(epoch_rate(fast, False)))
     versions = dict(python=platform.python_version()) | {o: version(o) for o in ('aoe_nb','torch','fastai','numpy')}
     out = Path(__file__).resolve().parent.parent/'results/benchmarks/loading.json'; out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(config=dict(id='cifar10', bs=256, unit='images/s'), seed=0, commit=_commit(), versions=versions, device=_machine(), seconds=round(time.time()-t0, 1), **res), indent=1))
