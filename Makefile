@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)aoe_demo
 
 test: .venv/ready
-	$(BIN)nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)nbdev_test --n_workers 2 --timing
 	$(BIN)pytest -q tests
 
 .venv/ready: settings.ini setup.py

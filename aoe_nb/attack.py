@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor
 
-# %% ../nbs/02_attack.ipynb #039bb16b
+# %% ../nbs/02_attack.ipynb #b260a58e
 _norms = 'linf','l2'
 
 def _widest(x, lo, hi, norm):
@@ -41,10 +41,10 @@ def _grad(x, loss):
         l = loss(x)
         if not l.requires_grad: raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
         g, = torch.autograd.grad(l.sum(), x)
-    if not g.isfinite().all(): raise FloatingPointError(f'{"NaN" if g.isnan().any() else "infinity"} in the gradient of the loss: look at the model on this batch, in float32')
+    if not g.sum().isfinite() and not g.isfinite().all(): raise FloatingPointError(f'{"NaN" if g.isnan().any() else "infinity"} in the gradient of the loss: look at the model on this batch, in float32')
     return g,l.detach()
 
-# %% ../nbs/02_attack.ipynb #0d3330a6
+# %% ../nbs/02_attack.ipynb #ee2828fc
 def _wide(v, x): return v.view(-1, *[1]*(x.ndim-1))
 def _pick(cond, a, b): return torch.where(_wide(cond, a), a, b)
 
@@ -57,11 +57,15 @@ def _steepest(g, norm):
     "The step of size 1 along which a loss with gradient `g` grows fastest"
     return g.sign() if norm == 'linf' else (g/_length(g)).to(g.dtype)
 
-def _project(adv, x, eps, lo, hi, norm):
-    "The valid image nearest to `adv` within `eps` of `x`"
-    if norm == 'linf': return adv.clamp(x-eps, x+eps).clamp(lo, hi)
-    d = adv-x
-    return (x + (d*(eps/_length(d)).clamp(max=1)).to(d.dtype)).clamp(lo, hi)
+def _within(x, eps, lo, hi, norm):
+    "The function that brings an image back to a valid one within `eps` of `x`"
+    if norm == 'linf':
+        least,most = (x-eps).clamp(lo, hi),(x+eps).clamp(lo, hi)
+        return lambda adv: adv.clamp(least, most)
+    def back(adv):
+        d = adv-x
+        return (x + (d*(eps/_length(d)).clamp(max=1)).to(d.dtype)).clamp(lo, hi)
+    return back
 
 # %% ../nbs/02_attack.ipynb #ec2623c7
 def fgsm(
@@ -98,10 +102,10 @@ def _better(best, x, loss):
     won = l < best[1]
     return _pick(won, x, best[0]),torch.where(won, l, best[1])
 
-# %% ../nbs/02_attack.ipynb #20d124c8
+# %% ../nbs/02_attack.ipynb #010db3ff
 def _descend(x, start, loss, eps, steps, alpha, lo, hi, decay=None, best=None, norm='linf'):
     "`steps` steps from `start`, kept within `eps` of `x`; with `decay` along a decaying sum of gradients; with `best` returning the best"
-    adv,m = start,0.
+    adv,m,back = start,0.,_within(x, eps, lo, hi, norm)
     for _ in range(steps):
         g,l = _grad(adv, loss)
         if best is not None:
@@ -110,7 +114,7 @@ def _descend(x, start, loss, eps, steps, alpha, lo, hi, decay=None, best=None, n
         if decay is not None:
             size = g.flatten(1).abs().mean(1).clamp(min=torch.finfo(g.dtype).tiny)
             m = g = decay*m + g/_wide(size, g)
-        adv = _project(adv - alpha*_steepest(g, norm), x, eps, lo, hi, norm)
+        adv = back(_steepest(g, norm).mul_(-alpha).add_(adv))
     return adv if best is None else _better(best, adv, loss)[0]
 
 # %% ../nbs/02_attack.ipynb #1126ad95
@@ -158,7 +162,7 @@ def mifgsm(
     if not x.numel(): return x.detach().clone()
     return _descend(xo, xo, loss, eps, steps, eps/steps if alpha is None else alpha, lo, hi, decay=decay).as_subclass(type(x))
 
-# %% ../nbs/02_attack.ipynb #d237df1b
+# %% ../nbs/02_attack.ipynb #395b524b
 def _checkpoints(steps):
     "The steps after which APGD looks back: 22% of the way, then at intervals that shrink to 6%"
     p = [0,.22]
@@ -167,8 +171,7 @@ def _checkpoints(steps):
 
 def _adaptive(x, start, loss, eps, steps, rho, lo, hi, norm):
     "`steps` steps of APGD from `start`, the best point of each image and its loss"
-    def back(adv): return _project(adv, x, eps, lo, hi, norm)
-    adv = old = at = start
+    adv,old,at,back = start,start,start,_within(x, eps, lo, hi, norm)
     (g,l),checks,since = _grad(start, loss),_checkpoints(steps),0
     g_best,best,seen = g,_per_image(l, x),l
     alpha,ups,halved = 2*eps*torch.ones_like(_wide(l, x)),torch.zeros_like(l),torch.ones_like(l, dtype=torch.bool)

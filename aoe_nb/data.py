@@ -193,7 +193,7 @@ class RandomCropFlip(DisplayedTransform):
         if self.flip: cols = torch.where((torch.rand(n,1) < .5).to(x.device), cols.flip(1), cols)
         return x.permute(0,2,3,1)[torch.arange(n, device=x.device)[:,None,None], rows[:,:,None], cols[:,None]].permute(0,3,1,2)
 
-# %% ../nbs/00_data.ipynb #52092a03
+# %% ../nbs/00_data.ipynb #74912c9b
 class ImageDL(TfmdDL):
     "A fastai `TfmdDL` over `Images` that takes them a whole batch at a time"
     def create_batches(self, samps):
@@ -224,11 +224,12 @@ def dls(
 )->DataLoaders:
     "`DataLoaders` for a `Learner`"
     if self.y is None: raise ValueError(f'{self.name} has no labels to train on')
-    train = self
+    train,device = self,device or default_device()
     if valid is None: train,valid = map(self.take, train_test_split(torch.arange(len(self)), test_size=.2, stratify=self.y, random_state=seed))
     train,valid = train.take(slice(None)),valid.take(slice(None)); train.split_idx,valid.split_idx = 0,1
-    kw = dict(batch_tfms=batch_tfms, normalize=normalize, seed=seed, device=device or default_device())
-    return DataLoaders(train.dl(bs, shuffle=True, drop_last=len(train) > bs, **kw), valid.dl(2*bs, **kw), device=kw['device'])
+    for o in train,valid: o.x,o.y = o.x.to(device),o.y.to(device) # on a GPU the whole population lives there
+    kw = dict(batch_tfms=batch_tfms, normalize=normalize, seed=seed, device=device)
+    return DataLoaders(train.dl(bs, shuffle=True, drop_last=len(train) > bs, **kw), valid.dl(2*bs, **kw), device=device)
 
 # %% ../nbs/00_data.ipynb #5bc9a0aa
 @patch(as_prop=True)

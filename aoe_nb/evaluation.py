@@ -468,7 +468,7 @@ def masking_check(
     for k,o in df[df.suspicious].iterrows(): warnings.warn(f'gradients may be masked: {k}, {o.value:.3f} is above {tol}', stacklevel=2)
     return df
 
-# %% ../nbs/04_evaluation.ipynb #0f9d9a7b
+# %% ../nbs/04_evaluation.ipynb #36e9fc89
 @patch
 def attack_table(
     self:Learner,
@@ -477,10 +477,21 @@ def attack_table(
     attacks:dict, # {name: attack or None}
     metric='AUROC',
     row='mean natural', # of the report: a set, or a mean
-    **kwargs, # of `ood_report`
+    attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
+    inliers=None, # default: the learner's validation set
+    seed=0,
+    bs=256,
+    cache=None, # folder to keep scores in
 )->pd.DataFrame: # one row a score, one column an attack
     "`metric` of each score under each attack on that score"
-    return pd.DataFrame({a: {s: self.ood_report(sets, score=f, attack=o, **kwargs)[metric][row] for s,f in scores.items()} for a,o in attacks.items()}).rename_axis(index='score', columns='attack')
+    res = {a: {} for a in attacks}
+    for name,score in scores.items():
+        clean = None
+        for a,attack in attacks.items():
+            s_in,outs = _side_scores(self, sets, score, attack, attacked, inliers, seed, bs, cache, clean)
+            if attacked == 'ood' or attack is None: clean = s_in
+            res[a][name] = _report(s_in, outs)[metric][row]
+    return pd.DataFrame(res).rename_axis(index='score', columns='attack')
 
 def standard_attacks(
     eps, # L-inf size, in pixels of a [0,1] image
