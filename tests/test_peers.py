@@ -108,25 +108,25 @@ def test_subsampling_the_outliers_changes_aupr_and_not_auroc():
     assert abs(all_['AUROC']-fifth['AUROC']) < .02 and all_['AUPR_OUT']-fifth['AUPR_OUT'] > .1
 
 def test_report_says_how_many_and_keeps_noise_out_of_means(learn):
-    r = learn.ood_report(unseen('all'))
+    r = learn.ood_report(unseen('all', id='digits7'))
     assert (r.n_in.dropna() == len(learn.dls.valid_ds)).all() and r.n_out['digits389'] == 537
     natural = r[r.group.isin(['near','far'])].AUROC.mean()
     assert r.AUROC['mean natural'] == pytest.approx(natural) and r.AUROC['mean natural'] != pytest.approx(r[r.group != 'mean'].AUROC.mean())
 
 def test_normalised_images_are_refused(learn):
-    x = (unseen('far')['flower'].x[:20].float()/255-.3)/.37
+    x = (unseen('far', id='digits7')['flower'].x[:20].float()/255-.3)/.37
     with pytest.raises(ValueError, match='normalis'): learn.ood_scores(x)
     with pytest.raises(ValueError, match='normalise inside the loss'): fgsm(x, lambda x: energy(learn.model(x)), .03)
 
 def test_eight_bit_rounding_would_undo_a_small_attack(learn):
-    o = unseen('far')['flower'].take(slice(0,50)); attack = FGSM(.4/255)
+    o = unseen('far', id='digits7')['flower'].take(slice(0,50)); attack = FGSM(.4/255)
     adv = learn.attacked_images(o, attack)
     clean,kept,rounded = learn.ood_scores(o),learn.ood_scores(adv),learn.ood_scores((adv*255).round().byte())
     assert torch.equal(kept, learn.ood_scores(o, attack=attack)) and (kept < clean).float().mean() > .9
     assert torch.equal(rounded, clean), 'saved as uint8 the attack is gone, so it never is'
 
 def test_scores_do_not_depend_on_neighbours_nor_move_statistics(learn):
-    o = unseen('far')['flower'].take(slice(0,64)); before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    o = unseen('far', id='digits7')['flower'].take(slice(0,64)); before = {k: v.clone() for k,v in learn.model.state_dict().items()}
     learn.model.train()
     a,b = learn.ood_scores(o, bs=64),learn.ood_scores(o, bs=7)
     x = learn.attacked_images(o, FGSM(8/255)); y = learn.attacked_images(o, FGSM(8/255), bs=7)
@@ -137,14 +137,14 @@ def test_scores_do_not_depend_on_neighbours_nor_move_statistics(learn):
     learn.model.load_state_dict(before); learn.model.eval()
 
 def test_every_point_of_a_curve_is_fresh(learn):
-    o = {'flower': unseen('far')['flower']}; eps = [0,8/255,32/255]
+    o = {'flower': unseen('far', id='digits7')['flower']}; eps = [0,8/255,32/255]
     curve = learn.robustness_curve(o, eps, partial(PGD, steps=5)).query('set == "flower"').AUROC.tolist()
     fresh = [learn.ood_report(o, attack=PGD(e, 5) if e else None).AUROC['flower'] for e in eps]
     s_in = learn.ood_scores(learn.dls.valid); pooled = torch.cat([learn.ood_scores(o['flower'], attack=PGD(e, 5) if e else None) for e in eps])
     assert curve == pytest.approx(fresh) and abs(ood_metrics(s_in, pooled)['AUROC'] - curve[-1]) > .02, 'a metric that is not reset pools all smaller eps'
 
 def test_masked_gradients_are_reported(learn):
-    o = unseen('far')['flower'].take(slice(0,100))
+    o = unseen('far', id='digits7')['flower'].take(slice(0,100))
     naive,rounded = on_input(lambda m,x: 1 - (3000*m(x)).softmax(1).amax(1)),on_input(lambda m,x: energy(m((x*4).round()/4)))
     for f in naive,rounded:
         with pytest.warns(UserWarning, match='masked'): assert learn.masking_check(o, f, steps=5, n_queries=20).suspicious['images without gradient']
@@ -152,7 +152,7 @@ def test_masked_gradients_are_reported(learn):
     with pytest.warns(UserWarning, match='masked'): assert learn.masking_check(o, cut, steps=5, n_queries=20).value['images without gradient'] == 1
 
 def test_one_seed_gives_no_interval_and_few_no_p(learn):
-    r = learn.ood_report({'flower': unseen('far')['flower']})
+    r = learn.ood_report({'flower': unseen('far', id='digits7')['flower']})
     one,five,six = (compare_reports([r]*n, [r.assign(AUROC=r.AUROC + .001*i) for i in range(n)]) for n in (1,5,6))
     assert one.lo.isna().all() and one.p.isna().all() and five.p.isna().all() and five.lo.notna().all() and 0 < six.p[('flower','AUROC')] < 1
 
