@@ -231,13 +231,13 @@ def dls(
     kw = dict(batch_tfms=batch_tfms, normalize=normalize, seed=seed, device=device)
     return DataLoaders(train.dl(bs, shuffle=True, drop_last=len(train) > bs, **kw), valid.dl(2*bs, **kw), device=device)
 
-# %% ../nbs/00_data.ipynb #5bc9a0aa
+# %% ../nbs/00_data.ipynb #b453b9be
 @patch(as_prop=True)
-def vocab(self:Images): return self.classes
+def vocab(self:Images): "The class names, where fastai looks for them"; return self.classes
 @patch(as_prop=True)
-def c(self:Images): return len(self.classes)
+def c(self:Images): "The number of classes"; return len(self.classes)
 @patch(as_prop=True)
-def loss_func(self:Images): return CrossEntropyLossFlat()
+def loss_func(self:Images): "What a `Learner` trains with if it is not told otherwise"; return CrossEntropyLossFlat()
 @patch
 def decode(self:Images, o, full=True):
     "What `show_batch` shows: the class's name for its number"
@@ -351,7 +351,7 @@ def _loaded(self:OutlierStream):
             if b is not None: return px.decode(_no_labels(b, self.own)) if px.norm else _no_labels(b, self.own)
     raise ValueError('the outlier source is empty: the loader yields no batch')
 
-# %% ../nbs/00_data.ipynb #361c2c83
+# %% ../nbs/00_data.ipynb #f6a15e45
 @patch
 def draw(self:OutlierStream, n):
     "The next `n` outliers, float in [0,1] of shape (n,C,H,W)"
@@ -366,7 +366,7 @@ def draw(self:OutlierStream, n):
     return x[:n]
 
 @patch
-def state_dict(self:OutlierStream): return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos)
+def state_dict(self:OutlierStream): "Where the stream is"; return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos)
 @patch
 def load_state_dict(self:OutlierStream, sd):
     "Go on where the stream of `state_dict` was; a loader starts over, for it cannot be asked where it is"
