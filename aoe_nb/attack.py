@@ -145,22 +145,23 @@ def pgd(
         best = _better(best, adv, loss) if restarts > 1 else (adv,None)
     return best[0].as_subclass(type(x))
 
-# %% ../nbs/02_attack.ipynb #973b193d
+# %% ../nbs/02_attack.ipynb #38223206
 def mifgsm(
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,) or scalar, to be made smaller
-    eps, # half-width of the box, number or broadcastable to x, 0 to hi-lo
+    eps, # half-width of the box, or radius of the ball, number or broadcastable to x, 0 to hi-lo
     steps:int, # gradients
     alpha=None, # step size; default eps/steps (Dong et al.)
     decay:float=1., # of the running sum of gradients
     lo=0., hi=1., # range of valid pixels
+    norm:str='linf', # how `eps` and `alpha` are measured: 'linf' or 'l2'
 )->Tensor: # like x
     "Momentum iterative FGSM on `loss` (Dong et al. 2018)"
     if steps < 1: raise ValueError(f'steps must be at least 1, not {steps}')
     _at_least_0('alpha', alpha); _at_least_0('decay', decay)
-    xo,eps,lo,hi = _check(x, eps, lo, hi)
+    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    return _descend(xo, xo, loss, eps, steps, eps/steps if alpha is None else alpha, lo, hi, decay=decay).as_subclass(type(x))
+    return _descend(xo, xo, loss, eps, steps, eps/steps if alpha is None else alpha, lo, hi, decay=decay, norm=norm).as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #395b524b
 def _checkpoints(steps):
@@ -227,28 +228,30 @@ def _squares(x, s, generator):
         return (i >= 0) & (i < s)
     return line(h)[:,None,:,None] & line(w)[:,None,None,:]
 
-# %% ../nbs/02_attack.ipynb #9169f64b
+# %% ../nbs/02_attack.ipynb #6dc1b929
 def square(
     x:Tensor, # (N,C,H,W), floating point in [lo, hi]
     loss, # x -> (N,), to be made smaller; needs no gradient
-    eps, # half-width of the box, number or broadcastable to x, 0 to hi-lo
+    eps, # half-width of the box, or radius of the ball, number or broadcastable to x, 0 to hi-lo
     n_queries:int=1000, # evaluations of the loss, the one of x itself apart
     p:float=.8, # share of the image that the first squares cover
     lo=0., hi=1., # range of valid pixels
     generator:torch.Generator=None, # of stripes, places and colours; default: the global one
+    norm:str='linf', # how `eps` is measured: 'linf', or 'l2', where squares are added and drawn back into the ball, simpler than in the paper
 )->Tensor: # like x: the best point met, never worse than x
-    "Square Attack, random search without gradients in an L-inf box (Andriushchenko et al. 2020)"
+    "Square Attack, random search without gradients (Andriushchenko et al. 2020)"
     if n_queries < 1: raise ValueError(f'n_queries must be at least 1, not {n_queries}')
     if x.ndim != 4: raise ValueError(f'squares need images of shape (N,C,H,W), not {tuple(x.shape)}')
-    xo,eps,lo,hi = _check(x, eps, lo, hi)
+    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    n,c,h,w = x.shape
+    (n,c,h,w),back = x.shape,_within(xo, eps, lo, hi, norm)
+    def colour(area): return eps if norm == 'linf' else eps/math.sqrt(area) # spends all of eps on `area` pixels
     best = _better(None, xo, loss)
-    best = _better(best, (xo + eps*_signs((n,c,1,w), xo, generator)).clamp(lo, hi), loss)
+    best = _better(best, back(xo + colour(c*h*w)*_signs((n,c,1,w), xo, generator)), loss)
     for q in range(1, n_queries):
-        mask = _squares(xo, _side(q, n_queries, p, h, w), generator)
-        new = (xo + eps*_signs((n,c,1,1), xo, generator)).clamp(lo, hi)
-        best = _better(best, torch.where(mask, new, best[0]), loss)
+        s = _side(q, n_queries, p, h, w); mask = _squares(xo, s, generator)
+        new = colour(c*s*s)*_signs((n,c,1,1), xo, generator)
+        best = _better(best, back(torch.where(mask, (xo if norm == 'linf' else best[0]) + new, best[0])), loss)
     return best[0].as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #847b9551
@@ -286,7 +289,7 @@ def random_sign(
     sign = 2*torch.randint(0, 2, xo.shape, generator=generator, device=xo.device).to(xo.dtype) - 1
     return (xo + eps*sign).clamp(lo, hi).as_subclass(type(x))
 
-# %% ../nbs/02_attack.ipynb #0eb9e43d
+# %% ../nbs/02_attack.ipynb #14bf15ca
 def check_eps(eps, norm='linf'):
     "Refuse an `eps` that is negative, NaN or, in L-inf, above 1 when it is chosen, not in the middle of a run"
     e = torch.as_tensor(eps)
@@ -321,7 +324,8 @@ class MIFGSM:
     steps:int=20
     alpha:float=None
     decay:float=1.
-    def __post_init__(self): check_eps(self.eps)
+    norm:str='linf'
+    def __post_init__(self): check_eps(self.eps, self.norm)
     def __call__(self, x, loss, generator=None, lo=0., hi=1.): return mifgsm(x, loss, **vars(self), lo=lo, hi=hi)
 
 @dataclass
@@ -342,7 +346,8 @@ class Square:
     eps:float # half-width of the box, pixels of a [0,1] image
     n_queries:int=1000
     p:float=.8
-    def __post_init__(self): check_eps(self.eps)
+    norm:str='linf'
+    def __post_init__(self): check_eps(self.eps, self.norm)
     def __call__(self, x, loss, generator=None, lo=0., hi=1.): return square(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
 
 @dataclass

@@ -468,7 +468,7 @@ def masking_check(
     for k,o in df[df.suspicious].iterrows(): warnings.warn(f'gradients may be masked: {k}, {o.value:.3f} is above {tol}', stacklevel=2)
     return df
 
-# %% ../nbs/04_evaluation.ipynb #36e9fc89
+# %% ../nbs/04_evaluation.ipynb #ecdbd010
 @patch
 def attack_table(
     self:Learner,
@@ -501,8 +501,9 @@ def standard_attacks(
 )->dict: # {name: attack or None}
     "The attacks of the table, from none to without gradients"
     l2 = eps*np.prod(shape)**.5/2
-    return {'none': None, 'FGSM': FGSM(eps), f'MI-FGSM-{steps}': MIFGSM(eps, steps), f'PGD-{steps}': PGD(eps, steps), f'PGD-{steps} x3': PGD(eps, steps, restarts=3),
-        f'APGD-{steps}': APGD(eps, steps), f'Square-{n_queries}': Square(eps, n_queries), 'FGM L2': FGSM(l2, 'l2'), f'PGD-{steps} L2': PGD(l2, steps, norm='l2')}
+    def five(eps, norm): return {'FGSM': FGSM(eps, norm), f'MI-FGSM-{steps}': MIFGSM(eps, steps, norm=norm), f'PGD-{steps}': PGD(eps, steps, norm=norm),
+        f'APGD-{steps}': APGD(eps, steps, norm=norm), f'Square-{n_queries}': Square(eps, n_queries, norm=norm)}
+    return {'none': None} | five(eps, 'linf') | {f'PGD-{steps} x3': PGD(eps, steps, restarts=3)} | {f'{k} L2': v for k,v in five(l2, 'l2').items()}
 
 # %% ../nbs/04_evaluation.ipynb #f42e9444
 def transfer_matrix(
