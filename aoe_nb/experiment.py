@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['methods', 'demo_config', 'models', 'exposure_of', 'config_hash', 'result_path', 'check_config', 'train', 'measure',
-           'check_writable', 'run', 'read_results', 'one_config', 'demo_table', 'demo_figure', 'aoe_demo']
+           'run', 'read_results', 'one_config', 'demo_table', 'demo_figure', 'aoe_demo']
 
-# %% ../nbs/07_experiment.ipynb #a87e6bba
-import hashlib, json, os, platform, subprocess, time, numpy as np, pandas as pd, torch
+# %% ../nbs/07_experiment.ipynb #748cb3f5
+import hashlib, json, time, numpy as np, pandas as pd, torch
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from .attack import FGSM, PGD, Gaussian, RandomSign, check_eps
 from .data import inliers, outliers, unseen
@@ -17,6 +16,7 @@ from .energy import energy, get_score
 from .evaluation import ood_metrics
 from .exposure import OutlierExposure
 from .models import small_cnn
+from .sources import check_writable, provenance, write_whole
 from fastcore.script import call_parse, store_true
 from fastai.callback.all import *
 from fastai.learner import Learner
@@ -94,7 +94,7 @@ def measure(
         add('fgsm', e, FGSM(e/255)); add(f'pgd{steps}', e, PGD(e/255, steps))
     return rows
 
-# %% ../nbs/07_experiment.ipynb #2506de72
+# %% ../nbs/07_experiment.ipynb #5b9728ff
 def _kept(learn, config):
     "Percentiles of the energies of every population, and four outliers before and after the AOE step"
     pops = dict(inliers=learn.dls.valid, exposed=outliers(config['outliers'])) | unseen('all', id=config['id'])
@@ -107,30 +107,7 @@ def _kept(learn, config):
 def _accuracy(learn):
     with learn.no_bar(): return float(learn.validate()[1])
 
-def _commit():
-    "The commit of this code, marked if files differ from it; None where it is not under version control"
-    def git(*a): return subprocess.run(['git', '-C', str(Path(__file__).parent), *a], capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        git('ls-files', '--error-unmatch', Path(__file__).name)
-        return git('rev-parse', 'HEAD') + ('-dirty' if git('status', '--porcelain', '--', '.') else '')
-    except (OSError, NameError, subprocess.CalledProcessError): return None
-
-def _machine():
-    "Processor or graphics card, and threads"
-    if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    cpu = Path('/proc/cpuinfo')
-    names = [l.split(':')[1].strip() for l in cpu.read_text().splitlines() if l.startswith('model name')] if cpu.exists() else []
-    return f'cpu: {names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
-
-# %% ../nbs/07_experiment.ipynb #a475477e
-def check_writable(folder):
-    "Make `folder`, or say at once, not after the training, why nothing can be written there"
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder/f'.probe{os.getpid()}'; probe.write_text(''); probe.unlink()
-    except OSError as e: raise OSError(f'cannot write to {folder} ({e.strerror}): choose another output folder') from None
-
+# %% ../nbs/07_experiment.ipynb #6aa1503f
 def run(
     config:dict, # like `demo_config`
     out='results', # folder of results; None: write nothing
@@ -143,12 +120,10 @@ def run(
     if path: check_writable(path.parent)
     t = time.time()
     learn = train(config)
-    res = {k: config[k] for k in ('experiment','method','id','start','seed')} | dict(config=config, commit=_commit(),
-        versions=dict(python=platform.python_version()) | {o: version(o) for o in ('aoe_nb','torch','fastai','numpy')}, device=_machine(),
+    res = {k: config[k] for k in ('experiment','method','id','start','seed')} | dict(config=config, **provenance(),
         id_acc=_accuracy(learn), ood=measure(learn, config), **_kept(learn, config))
     res['seconds'] = round(time.time()-t, 1)
-    if path:
-        tmp = path.with_suffix('.tmp'); tmp.write_text(json.dumps(res)); os.replace(tmp, path)
+    if path: write_whole(path, json.dumps(res))
     return res
 
 # %% ../nbs/07_experiment.ipynb #2570e3bb

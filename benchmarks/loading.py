@@ -2,15 +2,13 @@
 
     python benchmarks/loading.py        # needs CIFAR-10 on this disk; about two minutes on 2 cores
 """
-import json, platform, time
-from importlib.metadata import version
+import json, time
 from pathlib import Path
 import torch
 from aoe_nb.data import RandomCropFlip, inliers
-from aoe_nb.experiment import _commit, _machine
 from aoe_nb.exposure import DeviceMixedPrecision
 from aoe_nb.models import cifar10_stats, resnet20
-from aoe_nb.sources import _folder
+from aoe_nb.sources import _folder, provenance
 from fastai.callback.all import *
 from fastai.vision.all import ImageDataLoaders, Flip, Learner, Normalize, default_device
 
@@ -39,7 +37,6 @@ if __name__ == '__main__':
     fast = train.dls(256, valid=inliers('cifar10', 'test'), batch_tfms=RandomCropFlip(), normalize=cifar10_stats)
     ordinary = ImageDataLoaders.from_folder(_folder('cifar10', 'train').parent, train='train', valid='test', bs=256, num_workers=2, batch_tfms=[Flip(), Normalize.from_stats(*cifar10_stats)])
     res = dict(load_seconds=round(again, 2), fast_path=round(rate(fast.train, 100)), ordinary_path=round(rate(ordinary.train, 60)), resnet20_bf16=round(epoch_rate(fast, True)), resnet20_fp32=round(epoch_rate(fast, False)))
-    versions = dict(python=platform.python_version()) | {o: version(o) for o in ('aoe_nb','torch','fastai','numpy')}
     out = Path(__file__).resolve().parent.parent/'results/benchmarks/loading.json'; out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(dict(config=dict(id='cifar10', bs=256, unit='images/s'), seed=0, commit=_commit(), versions=versions, device=_machine(), seconds=round(time.time()-t0, 1), **res), indent=1))
+    out.write_text(json.dumps(dict(config=dict(id='cifar10', bs=256, unit='images/s'), seed=0, **provenance(), seconds=round(time.time()-t0, 1), **res), indent=1))
     print(res)

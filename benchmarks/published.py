@@ -2,15 +2,14 @@
 
     python benchmarks/published.py      # needs CIFAR-10, CIFAR-100 and the sets below on this disk; about two minutes on 2 cores
 """
-import json, platform, time
-from importlib.metadata import version
+import json, time
 from pathlib import Path
 import torch
 from aoe_nb.audit import audit
 from aoe_nb.data import inliers, outliers, unseen
 from aoe_nb.evaluation import ood_metrics
-from aoe_nb.experiment import _commit, _machine
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
+from aoe_nb.sources import provenance
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.callback.all import *
@@ -25,8 +24,7 @@ def learner():
 def record(name, config, t, **res):
     "Write a result with what it takes to repeat it"
     out = Path(__file__).resolve().parent.parent/'results/published'/f'{name}.json'; out.parent.mkdir(parents=True, exist_ok=True)
-    versions = dict(python=platform.python_version()) | {o: version(o) for o in ('aoe_nb','torch','fastai','numpy')}
-    out.write_text(json.dumps(dict(config=config, seed=0, commit=_commit(), versions=versions, device=_machine(), seconds=round(time.time()-t, 1), **res), indent=1))
+    out.write_text(json.dumps(dict(config=config, seed=0, **provenance(), seconds=round(time.time()-t, 1), **res), indent=1))
 
 if __name__ == '__main__':
     t,learn = time.time(),learner()
