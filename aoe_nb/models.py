@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'published', 'small_cnn', 'PixelNorm', 'with_stats', 'resnet20',
-           'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'read_weights', 'load_weights']
+           'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'save_weights', 'check_weights', 'read_weights',
+           'load_weights']
 
-# %% ../nbs/05_models.ipynb #e2677164
-import torch, torch.nn.functional as F
+# %% ../nbs/05_models.ipynb #36e1d605
+import hashlib, json, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
+from .sources import provenance, write_whole
 
 # %% ../nbs/05_models.ipynb #20486e5c
 def small_cnn(
@@ -105,7 +107,27 @@ class _WideResNet(nn.Module):
 def wrn40_2(n_out=10, stats=cifar10_stats, drop=.3): "WRN-40-2 with dropout: (N,3,H,W) in [0,1] -> logits (N,n_out); 2.2M parameters"; return with_stats(_WideResNet(40, 2, n_out, drop), stats)
 def wrn16_4(n_out=10, stats=cifar10_stats, drop=.3): "WRN-16-4 with dropout, as `wrn40_2`; 2.7M parameters"; return with_stats(_WideResNet(16, 4, n_out, drop), stats)
 
-# %% ../nbs/05_models.ipynb #811a3ed2
+# %% ../nbs/05_models.ipynb #03e19486
+def save_weights(
+    model:nn.Module,
+    path, # .pt; the .json goes beside it
+    **about, # what else goes into the JSON: config, seed, log ...
+):
+    "The state of `model` in float16, and its checksum and origin as JSON; each file is written whole or not at all"
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda f: torch.save({k: v.half() if v.is_floating_point() else v for k,v in model.state_dict().items()}, f))
+    write_whole(path.with_suffix('.json'), json.dumps(dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest()) | about | provenance(), indent=1))
+
+def check_weights(
+    path, # of a checkpoint
+)->dict: # the JSON beside it, empty if there is none
+    "What is known of a checkpoint; an error if it is not the file that its JSON speaks of"
+    j = Path(path).with_suffix('.json')
+    about = json.loads(j.read_text()) if j.exists() else {}
+    if about and about.get('sha256') != hashlib.sha256(Path(path).read_bytes()).hexdigest(): raise ValueError(f'{path} is not the file that {j.name} describes, its checksum differs: fetch or make it again')
+    return about
+
+# %% ../nbs/05_models.ipynb #555727a3
 published = { # of these networks, from their authors; torch.hub keeps them in its checkpoints folder and checks the hash in the name
     'resnet20': 'https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th',
     'resnet56': 'https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet56-4bfd9763.th'}
@@ -117,7 +139,7 @@ def read_weights(
     if isinstance(source, (str,Path)) and str(source) in published: source = torch.hub.load_state_dict_from_url(published[str(source)], map_location='cpu', check_hash=True, weights_only=True)
     elif isinstance(source, (str,Path)):
         if not Path(source).exists(): raise FileNotFoundError(f'no checkpoint {source}: give a file, a state dict, or one of {", ".join(published)}')
-        source = torch.load(source, map_location='cpu', weights_only=True)
+        check_weights(source); source = torch.load(source, map_location='cpu', weights_only=True)
     for k in 'state_dict','model','net':
         if isinstance(source.get(k), dict): source = source[k]
     return {k.removeprefix('module.').removeprefix('model.'): v for k,v in source.items() if isinstance(v, Tensor)}
