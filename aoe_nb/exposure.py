@@ -111,11 +111,12 @@ class OutlierExposure(Callback):
         self.bn,self.bn_forward,self.loss_out,self.score = bn,_choose('bn', bn, _bn),_choose('loss', loss, _losses),get_score(score)
         self.stream,self.gen,self.aux,self.off,self.before_lr_find = OutlierStream(outliers, seed),None,{},None,None
 
-# %% ../nbs/03_exposure.ipynb #eb041397
+# %% ../nbs/03_exposure.ipynb #5f0b3b80
 @patch
 def _draw(self:OutlierExposure, n, like):
     "`n` outliers in pixels, after the training pipeline's batch transforms, on the device of `like`"
     x = TensorImage(self.stream.draw(n).to(like.device))
+    if x.shape[1] == 1: x = x.expand(-1, like.shape[1], -1, -1) # grey images of a folder, which fastai would have opened in colour
     if self.pixels.before:
         with self.stream._private(): x = Pipeline(self.pixels.before, split_idx=0)((x,))[0]
     if x.shape[1:] != like.shape[1:]:
