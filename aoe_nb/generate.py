@@ -174,10 +174,10 @@ class GANCallback(Checkpoint):
         k = min(self.model.generator.n_classes, 10); x = _settle(self.model.ema.module).sample(8*self.model.generator.n_classes).x
         save_image(x.unflatten(0, (8,-1))[:,:k].flatten(0, 1).float()/255, self.path.with_name(f'{self.path.name}-{self.epoch+1:03}.png'), nrow=k)
 
-# %% ../nbs/06_generate.ipynb #64bc248a
+# %% ../nbs/06_generate.ipynb #ad5f44ef
 presets = dict(
-    tiny =dict(generator=dict(widths=[256,128,64], n_z=64), critic=dict(widths=[48,96,192]), epochs=7, bs=64, lr=[5e-4,1e-3], amp=None),
-    small=dict(generator=dict(widths=[384,192,96], n_z=96), critic=dict(widths=[96,192,384]), epochs=18, bs=64, lr=[5e-4,1e-3], amp=None),
+    tiny =dict(generator=dict(widths=[256,128,64], n_z=64), critic=dict(widths=[48,96,192]), epochs=7, bs=64, lr=[2e-4,4e-4], amp=None),
+    small=dict(generator=dict(widths=[384,192,96], n_z=96), critic=dict(widths=[96,192,384]), epochs=18, bs=64, lr=[2e-4,4e-4], amp=None),
     big  =dict(generator=dict(widths=[512,256,128], n_z=128, attention=True), critic=dict(widths=[128,256,512], attention=True), epochs=200, bs=128, lr=[2e-4,4e-4], amp='bf16'))
 
 def check_trainable(

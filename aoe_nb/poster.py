@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['selection_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes', 'start_config', 'nesterov',
            'tune_config', 'search_space', 'exposures', 'view_of', 'fixed_subset', 'weights_path', 'load_start',
-           'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run']
+           'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run',
+           'start_reports', 'verdict', 'claims']
 
-# %% ../nbs/11_poster.ipynb #b4821691
+# %% ../nbs/11_poster.ipynb #cbef3cf8
 import json, time, numpy as np, pandas as pd, torch
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastcore.script import call_parse, store_true
 from .attack import FGSM, PGD, Square, check_eps, eval_mode
 from .data import Images, RandomCropFlip, inliers, outliers, unseen
 from .energy import energy, energy_margin, msp
-from .evaluation import ood_metrics, pixel_batches
+from .evaluation import compare_reports, ood_metrics, pixel_batches
 from .experiment import Kind, config_hash, exposure_of, kinds, result_path, run
 from .exposure import OutlierExposure
 from .generate import Checkpoint, generator_path, load_generator
@@ -302,3 +303,62 @@ def _listing(names, ids, out):
             else: left = f'{len(cs)-len(done)} missing' + (f', about {np.mean([o["seconds"] for o in done])*(len(cs)-len(done))/60:.0f} minutes' if done and len(done) < len(cs) else '')
             rows.append(f'{name:8}{i:10}{len(done):4} done  {left}')
     return '\n'.join(rows)
+
+# %% ../nbs/11_poster.ipynb #06db3bc9
+def start_reports(
+    source, # folder of results
+    id, # 'cifar10' or 'cifar100'
+    method, # one of `methods`
+    score='energy', attack='none', attacked='none', eps_255=0, # which rows
+)->list: # of reports, one a start, in the order of the starts that are there
+    "The grid's numbers as reports, for `compare_reports`"
+    rs = [r for f in sorted(Path(source).glob(f'grid/{method}-{id}-*.json')) if (r := json.loads(f.read_text()))['config']['model'] == 'resnet20']
+    res = []
+    for s in starts[id]:
+        rows = [pd.DataFrame([o for o in r['ood'] if (o['score'],o['attack'],o['attacked'],o['eps_255']) == (score,attack,attacked,eps_255)]).set_index('set') for r in rs if r['start'] == s and (attack == 'none' or r['config']['attacks'] != 'none')]
+        if not rows: continue
+        num = ['AUROC','AUPR_OUT','AUPR_IN','FPR95','FPR95_ID']
+        df = pd.concat(rows).groupby(level=0, sort=False).agg({**{k: 'mean' for k in num}, 'group': 'first', 'n_in': 'first', 'n_out': 'first'})
+        means = {f'mean {k}': df[df.group.isin(g)][num].mean() for k,g in dict(near=['near'], far=['far'], natural=['near','far']).items()}
+        df = pd.concat([df, pd.DataFrame(means).T]); mine = [r for r in rs if r['start'] == s]
+        df.attrs = dict(start=s, id=dict(accuracy=np.mean([r['id_acc'] for r in mine])) | {k: np.mean([r['calibration'][k] for r in mine]) for k in ('ECE','NLL')})
+        res.append(df)
+    return res
+
+def verdict(
+    rows, # of `compare_reports`: differences that should lie above (want 1) or below (want -1) zero
+    wants, # one a row
+):
+    "'holds' if every interval lies on the side it should, 'fails' if one lies on the other, else 'undecided'"
+    sides = [(w*r.lo > 0 and w*r.hi > 0, w*r.lo < 0 and w*r.hi < 0) for (_,r),w in zip(rows.iterrows(), wants)]
+    return 'holds' if all(a for a,_ in sides) else 'fails' if any(b for _,b in sides) else 'undecided'
+
+# %% ../nbs/11_poster.ipynb #345aca79
+def _paired(source, id, other, **where):
+    a,b = (start_reports(source, id, m, **where) for m in (other, 'aoe'))
+    return compare_reports(a, b) if len(a) == len(b) > 1 else None
+
+def _detects(source, id, others):
+    cs = [_paired(source, id, o) for o in others]
+    if any(c is None for c in cs): return None
+    return verdict(pd.concat([c.loc[[('mean natural','AUROC'),('mean natural','FPR95_ID')]] for c in cs]), [1,-1]*len(cs))
+
+def _robust(source, id):
+    cs = [_paired(source, id, 'oe', attack=a, attacked='ood', eps_255=e) for a,es in dict(fgsm=(.5,1,2,4,8,16), pgd20=(1,2)).items() for e in es]
+    return None if any(c is None for c in cs) else verdict(pd.concat([c.loc[[('mean natural','AUROC')]] for c in cs]), [1]*len(cs))
+
+def _accurate(source, id, margin=.003):
+    c = _paired(source, id, 'oe')
+    return None if c is None else verdict(c.loc[[('inliers','accuracy')]] + margin, [1])
+
+def claims(
+    source='results', # folder of results
+)->pd.DataFrame: # one row a claim: claim, verdict
+    "The poster's claims and what was found"
+    tests = dict(P1=('AOE detects outliers better than OE', lambda i: _detects(source, i, ['oe'])), P2=('... and better than OE with noise of the same size', lambda i: _detects(source, i, ['oe_gaussian','oe_sign'])),
+        P3=('AOE is more robust to attacks on the energy, at every eps', lambda i: _robust(source, i)), P4=('AOE keeps ID accuracy, within 0.3 points of OE', lambda i: _accurate(source, i)))
+    def said(f): return ', '.join(f'{k}: {f(i) or "not measured yet"}' for i,k in dict(cifar10='CIFAR-10', cifar100='CIFAR-100').items())
+    rows = {k: (c, said(f)) for k,(c,f) in tests.items()} | dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
+        P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','digits only, undecided'),
+        Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open'))
+    return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict'])
