@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['selection_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes', 'start_config', 'nesterov',
-           'tune_config', 'search_space', 'exposures', 'view_of', 'fixed_subset', 'weights_path', 'load_start',
-           'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run',
-           'start_reports', 'verdict', 'claims']
+           'tune_config', 'search_space', 'exposures', 'view_of', 'fixed_subset', 'starts_of', 'weights_path',
+           'load_start', 'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing',
+           'aoe_run', 'start_reports', 'verdict', 'claims']
 
-# %% ../nbs/11_poster.ipynb #cbef3cf8
+# %% ../nbs/11_poster.ipynb #b26fcaa3
 import json, time, numpy as np, pandas as pd, torch
 from functools import lru_cache, partial
 from pathlib import Path
-from fastcore.script import call_parse, store_true
+from fastcore.script import Param, call_parse, store_true
 from .attack import FGSM, PGD, Square, check_eps, eval_mode
 from .data import Images, RandomCropFlip, inliers, outliers, unseen
 from .energy import energy, energy_margin, msp
@@ -55,8 +55,10 @@ def fixed_subset(
     for k in y.unique(): rank[y == k] = torch.arange((y == k).sum())
     return images.take(perm[rank.argsort(stable=True)[:n]])
 
-# %% ../nbs/11_poster.ipynb #d58accff
+# %% ../nbs/11_poster.ipynb #1ec1940b
 starts = dict(cifar10=['published','s1','s2','s3','s4'], cifar100=['s0','s1','s2','s3','s4'])
+def starts_of(id, model='resnet20'): "Names of the five starts; only the ResNet-20 for CIFAR-10 has a published one"; return starts[id] if model == 'resnet20' else ['s0','s1','s2','s3','s4']
+
 networks,pixel_stats,n_classes = dict(resnet20=resnet20, wrn40_2=wrn40_2),dict(cifar10=cifar10_stats, cifar100=cifar100_stats),dict(cifar10=10, cifar100=100)
 start_config = dict(experiment='starts', method='plain', id='cifar10', start='scratch', seed=1, model='resnet20', epochs=20, bs=128, lr=.2, wd=5e-4)
 nesterov = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
@@ -165,7 +167,7 @@ def _attacked(learn, s_in, sets, name, attack, eps, sides, n_in, n_out):
     outs = {on: {k: learn.ood_scores(o, attack=attack if on else None) for k,o in b.items()} for on in {s in ('ood','both') for s in sides}}
     return [_row(k, o.group, 'energy', name, s, eps, ins[s in ('id','both')], outs[s in ('ood','both')][k]) for s in sides for k,o in sets.items()]
 
-# %% ../nbs/11_poster.ipynb #5d38d0af
+# %% ../nbs/11_poster.ipynb #db051f36
 def measure_tuned(
     learn, # from `tune`
     config, # its config
@@ -193,7 +195,7 @@ def _steps(learn, config):
 
 def _check_tune(config):
     _check_start(config); exposure_of(config['method'], 0); check_eps(config['eps_255']/255)
-    for k,known in dict(view=('select','table'), attacks=('none','all','hard'), loss=('uniform','margin'), start=starts[config['id']]).items():
+    for k,known in dict(view=('select','table'), attacks=('none','all','hard'), loss=('uniform','margin'), start=starts_of(config['id'], config['model'])).items():
         if config[k] not in known: raise ValueError(f'{k} must be one of {", ".join(known)}, not {config[k]!r}')
     if config['start'] != 'published' and not (f := weights_path(f'start-{config["model"]}-{config["id"]}-{config["start"]}.pt')).exists(): raise FileNotFoundError(f'no start {f}: train it with aoe_run starts')
     if config['outliers'] != 'tinyimagenet_aux' and not weights_path(f'{config["outliers"]}.pt').exists(): raise FileNotFoundError(f'no generator {config["outliers"]} in weights/: make it with aoe_generate')
@@ -234,7 +236,7 @@ def search(
         res[m] = best
     return res
 
-# %% ../nbs/11_poster.ipynb #10b683e5
+# %% ../nbs/11_poster.ipynb #46ffd606
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
@@ -243,22 +245,24 @@ def done_in(out): # folder of results
 def cells(
     name, # starts, select or grid
     ids, # inliers
-    out='results',
+    out='results', # folder of results
+    model='resnet20', # or 'wrn40_2', with the settings that the search found for the ResNet-20
 )->list: # configs; of a search the next trials, of a grid none before its search is over
     "What belongs to an experiment"
-    if name == 'starts': return [start_config | dict(id=i, seed=int(s[1:])) for i in ids for s in starts[i] if s != 'published']
+    if name == 'starts': return [start_config | dict(id=i, seed=int(s[1:]), model=model) for i in ids for s in starts_of(i, model) if s != 'published']
     found = {i: search(i, done_in(out)) for i in ids}
     if name == 'select': return [c for o in found.values() if isinstance(o, list) for c in o]
-    return [c | dict(experiment='grid', start=s, seed=seed, steps=195, view='table', attacks='none' if seed else 'all')
-            for i,o in found.items() if isinstance(o, dict) for s in starts[i] for seed in (0,1) for c in o.values()]
+    return [c | dict(experiment='grid', start=s, seed=seed, steps=195, view='table', attacks='none' if seed else 'all', model=model)
+            for i,o in found.items() if isinstance(o, dict) for s in starts_of(i, model) for seed in (0,1) for c in o.values()]
 
-def missing(name, ids, out='results'): "The cells without a result"; return [c for c in cells(name, ids, out) if done_in(out)(c) is None]
+def missing(name, ids, out='results', model='resnet20'): "The cells without a result"; return [c for c in cells(name, ids, out, model) if done_in(out)(c) is None]
 
-# %% ../nbs/11_poster.ipynb #4a8bcdee
+# %% ../nbs/11_poster.ipynb #f8cdc874
 @call_parse
 def aoe_run(
-    name:str='', # starts, select or grid
+    name:Param('Experiment: starts, select or grid', str, opt=False, nargs='?')='',
     ids:str='cifar10,cifar100', # Inliers, separated by commas
+    model:str='resnet20', # Or wrn40_2, which wants a GPU; a search is always over resnet20
     seeds:str='', # Only these seeds, separated by commas
     out:str='results', # Folder for results
     device:str='', # cpu or cuda; default: cuda if there is one
@@ -270,20 +274,21 @@ def aoe_run(
     try:
         ids = ids.split(',')
         if bad := [o for o in ids if o not in starts]: raise ValueError(f'unknown inliers {bad[0]!r}: choose from {", ".join(starts)}')
-        if list: return print(_listing(names, ids, out))
+        if model not in networks: raise ValueError(f'unknown model {model!r}: choose from {", ".join(networks)}')
+        if list: return print(_listing(names, ids, out, model))
         if name not in names: raise ValueError(f'unknown experiment {name!r}: choose from {", ".join(names)}')
         k,n = map(int, part.split('/'))
         if not 1 <= k <= n: raise ValueError(f'part must be like 1/2, not {part}')
         if device: default_device(device == 'cuda')
-        _run_all(name, ids, {int(o) for o in seeds.split(',')} if seeds else None, out, k-1, n)
+        _run_all(name, ids, model, {int(o) for o in seeds.split(',')} if seeds else None, out, k-1, n)
     except (ValueError, OSError) as e: raise SystemExit(f'aoe_run: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')
 
-# %% ../nbs/11_poster.ipynb #5abb211f
-def _run_all(name, ids, seeds, out, k, n):
+# %% ../nbs/11_poster.ipynb #425dce83
+def _run_all(name, ids, model, seeds, out, k, n):
     "Cells until there are none; each line names what was done, the bar shows the time left"
-    todo = lambda: [c for c in missing(name, ids, out) if (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
-    if not (cs := todo()) and not missing(name, ids, out): return print(f'nothing is missing in {name}')
+    todo = lambda: [c for c in missing(name, ids, out, model) if (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
+    if not (cs := todo()) and not missing(name, ids, out, model): return print(f'nothing is missing in {name}')
     while cs:
         with tqdm(cs, unit='run') as bar:
             for c in bar:
@@ -292,29 +297,30 @@ def _run_all(name, ids, seeds, out, k, n):
         if name != 'select': break
         cs = todo() # a search decides what comes next
 
-def _listing(names, ids, out):
+def _listing(names, ids, out, model='resnet20'):
     "One line an experiment and set of inliers: done, missing, minutes left"
     rows = []
     for name in names:
         for i in ids:
-            cs = cells(name, [i], out); done = [o for c in cs if (o := done_in(out)(c))]
+            cs = cells(name, [i], out, model); done = [o for c in cs if (o := done_in(out)(c))]
             if name == 'select': left = f'{len(cs)} in this step of the search' if cs else ('over' if isinstance(search(i, done_in(out)), dict) else '')
             elif name == 'grid' and not cs: left = 'waits for the search'
             else: left = f'{len(cs)-len(done)} missing' + (f', about {np.mean([o["seconds"] for o in done])*(len(cs)-len(done))/60:.0f} minutes' if done and len(done) < len(cs) else '')
             rows.append(f'{name:8}{i:10}{len(done):4} done  {left}')
     return '\n'.join(rows)
 
-# %% ../nbs/11_poster.ipynb #06db3bc9
+# %% ../nbs/11_poster.ipynb #cc9d92d1
 def start_reports(
     source, # folder of results
     id, # 'cifar10' or 'cifar100'
     method, # one of `methods`
     score='energy', attack='none', attacked='none', eps_255=0, # which rows
+    model='resnet20',
 )->list: # of reports, one a start, in the order of the starts that are there
     "The grid's numbers as reports, for `compare_reports`"
-    rs = [r for f in sorted(Path(source).glob(f'grid/{method}-{id}-*.json')) if (r := json.loads(f.read_text()))['config']['model'] == 'resnet20']
+    rs = [r for f in sorted(Path(source).glob(f'grid/{method}-{id}-*.json')) if (r := json.loads(f.read_text()))['config']['model'] == model]
     res = []
-    for s in starts[id]:
+    for s in starts_of(id, model):
         rows = [pd.DataFrame([o for o in r['ood'] if (o['score'],o['attack'],o['attacked'],o['eps_255']) == (score,attack,attacked,eps_255)]).set_index('set') for r in rs if r['start'] == s and (attack == 'none' or r['config']['attacks'] != 'none')]
         if not rows: continue
         num = ['AUROC','AUPR_OUT','AUPR_IN','FPR95','FPR95_ID']
