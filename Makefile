@@ -18,6 +18,9 @@ test: .venv/ready
 	$(BIN)python -m pip install -q --no-deps torchattacks
 	touch $@
 
-.PHONY: readme
+.PHONY: readme site
 readme: .venv/ready
 	$(BIN)python tests/readme.py
+
+site: .venv/ready
+	$(BIN)python tests/website.py

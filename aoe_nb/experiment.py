@@ -179,7 +179,7 @@ def demo_table(
     order = {m: i for i,m in enumerate(methods)}
     return wide.sort_index(key=lambda s: s.map(lambda o: order.get(o, o)) if s.name == 'method' else s.map(lambda o: '' if o == 'none' else o)).fillna('')
 
-# %% ../nbs/07_experiment.ipynb #130f3aec
+# %% ../nbs/07_experiment.ipynb #7e7eddc0
 def demo_figure(
     source, # the demo's JSON files, or their folder
 ):
@@ -188,7 +188,7 @@ def demo_figure(
     files = sorted(Path(source).rglob('*.json')) if isinstance(source, (str,Path)) else list(source)
     df = one_config(read_results(files))
     first = {r['method']: r for r in map(lambda f: json.loads(Path(f).read_text()), files) if r['seed'] == df.seed.min()}
-    fig,axs = plt.subplots(1, 4, figsize=(13,2.8), gridspec_kw=dict(width_ratios=[3,3,2.2,3.4]))
+    fig,axs = plt.subplots(2, 2, figsize=(8,5)); axs = axs.flat
     for ax,m in zip(axs, ('plain','aoe')): _energies(ax, first[m]['energy_percentiles'], m)
     _step(axs[2], first['plain']['step'])
     _against_eps(axs[3], df)

@@ -175,13 +175,13 @@ _list = [
     Source('openimage_o', dict(test=None), 'OpenImages outside ImageNet-1k', 'Wang 2022', 'CC BY 4.0', partial(_pytorch_ood, 'OpenImagesO', 224), 224, 'short side to 224, centre'),
     Source('tinyimagenet_aux', dict(train=11556), '108 further classes of TinyImageNet, to expose; 63 of them are CIFAR-100 classes', 'ImageNet subset', 'research use', rule='bicubic 64 to 32', pitfall='disjoint from tinyimagenet by class, the same by style', digest=dict(train='a34ca443b8de'))]
 
-# %% ../nbs/09_sources.ipynb #f773da49
+# %% ../nbs/09_sources.ipynb #2e9ef6ff
 sources = {o.name: o for o in _list}
 
 def sources_table()->pd.DataFrame:
     "What is known of each source, and whether it is on this disk"
     keys = 'what','n','home','licence','rule','pitfall'
-    return pd.DataFrame({k: {a: getattr(o, a) for a in keys} | dict(fetch='by name' if o.get else 'put a folder') for k,o in sources.items()}).T
+    return pd.DataFrame({k: {a: getattr(o, a) for a in keys} | dict(n=', '.join(f'{s} {n:,}' if n else s for s,n in o.n.items()), fetch='by name' if o.get else 'put a folder') for k,o in sources.items()}).T
 
 # %% ../nbs/09_sources.ipynb #2b8a2fd6
 def _folder(name, split):
