@@ -18,9 +18,12 @@ test: .venv/ready
 	$(BIN)python -m pip install -q --no-deps torchattacks
 	touch $@
 
-.PHONY: readme site
+.PHONY: readme site results
 readme: .venv/ready
 	$(BIN)python tests/readme.py
 
 site: .venv/ready
 	$(BIN)python tests/website.py
+
+results: .venv/ready
+	for o in starts select grid; do $(BIN)aoe_run $$o || exit 1; done
