@@ -130,16 +130,17 @@ def _kind(config):
     if extra := set(config) - set(kind.config): raise ValueError(f'the config has unknown settings: {", ".join(sorted(extra))}')
     return kind
 
-# %% ../nbs/07_experiment.ipynb #a772a81f
+# %% ../nbs/07_experiment.ipynb #2fc35100
 def run(
     config:dict, # like `demo_config`
     out='results', # folder of results; None: write nothing
     redo:bool=False, # run even if the result is there
 )->dict: # the result, as in the JSON
     "Train and measure what `config` describes, or read its result if that is there"
-    kind = _kind(config); kind.check(config)
+    kind = _kind(config)
     path = None if out is None else result_path(config, out)
     if path and path.exists() and not redo: return json.loads(path.read_text())
+    kind.check(config)
     if path: check_writable(path.parent)
     t = time.time()
     res = {k: config[k] for k in ('experiment','method','id','start','seed')} | dict(config=config, **provenance(), **kind.work(config, path))

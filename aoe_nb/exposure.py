@@ -90,13 +90,13 @@ def _callable(name, f):
     if f is None or callable(f): return f
     raise TypeError(f'{name} must be an attack such as FGSM(8/255), not {f!r}')
 
-# %% ../nbs/03_exposure.ipynb #d749f35a
+# %% ../nbs/03_exposure.ipynb #14ef3421
 class OutlierExposure(Callback):
     "Outlier Exposure (Hendrycks et al. 2019), adversarial (Botschen et al. 2025) when given an attack"
     order,run_valid = 5,False # after MixUp, before GradientAccumulation
     def __init__(self,
         outliers, # `Images`, tensor (uint8 or in [0,1]), path, name, `DataLoader`, or callable: n -> n images
-        lam:float=.5, # weight of the outliers' loss; 0: plain training, nothing is drawn
+        lam:float=.5, # weight of the outliers' loss; 0: plain training, nothing is drawn (with `bn='frozen'` under the running statistics, as the others)
         attack=None, # moves the outliers, such as `FGSM(8/255)`; eps in pixels of a [0,1] image
         bn:str='inliers', # how outliers pass BatchNorm: mixed, inliers, separate, aux or frozen
         loss='uniform', # 'uniform', 'margin', or a function (logits_in, logits_out) -> scalar
@@ -158,7 +158,7 @@ def _moved_out(self:OutlierExposure, x):
     finally:
         for m,(mean,var) in own.items(): m.running_mean,m.running_var = mean,var
 
-# %% ../nbs/03_exposure.ipynb #622b9850
+# %% ../nbs/03_exposure.ipynb #68e45675
 @patch
 def before_fit(self:OutlierExposure):
     "Predictions call this too: nothing is required here but that there is one exposure"
@@ -182,7 +182,7 @@ def before_train(self:OutlierExposure):
 def before_batch(self:OutlierExposure):
     "Append the moved outliers to the inliers"
     self._undo(); self.logits_out = None
-    if not self.lam and self.attack_in is None: return
+    if not self.lam and self.attack_in is None and self.bn != 'frozen': return
     if len(self.xb) != 1 or not len(self.yb): raise ValueError(f'outlier exposure needs one input and a label, this batch has {len(self.xb)} inputs and {len(self.yb)} labels')
     x = self.xb[0].as_subclass(Tensor)
     if self.first and not self.pixels.after: self.pixels.decode(x)

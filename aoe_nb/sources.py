@@ -6,7 +6,7 @@
 __all__ = ['sources', 'provenance', 'check_writable', 'write_whole', 'data_home', 'fit', 'cached', 'read_folder', 'Source',
            'sources_table', 'on_disk', 'load', 'aoe_fetch']
 
-# %% ../nbs/09_sources.ipynb #398774d3
+# %% ../nbs/09_sources.ipynb #0bc68e57
 import hashlib, os, platform, re, shutil, subprocess, warnings, zipfile, zlib, numpy as np, pandas as pd, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,8 +20,9 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore') # fastai 2.8 calls the deprecated torch.jit.script when imported
     from fastai.data.external import URLs, fastai_cfg, untar_data
     from fastai.data.transforms import get_image_files
+    from fastai.torch_core import default_device
 
-# %% ../nbs/09_sources.ipynb #d66e2a24
+# %% ../nbs/09_sources.ipynb #f102279d
 def _commit():
     "The commit of this code, marked if files differ from it; None where it is not under version control"
     def git(*a): return subprocess.run(['git', '-C', str(Path(__file__).parent), *a], capture_output=True, text=True, check=True).stdout.strip()
@@ -32,7 +33,7 @@ def _commit():
 
 def _machine():
     "Processor or graphics card, and threads"
-    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    if default_device().type == 'cuda': return torch.cuda.get_device_name()
     cpu = Path('/proc/cpuinfo')
     names = [l.split(':')[1].strip() for l in cpu.read_text().splitlines() if l.startswith('model name')] if cpu.exists() else []
     return f'cpu: {names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'

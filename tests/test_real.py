@@ -31,3 +31,11 @@ def test_classes_and_order_are_the_published_ones():
     test = inliers('cifar10', 'test')
     assert test.classes == 'airplane automobile bird cat deer dog frog horse ship truck'.split()
     assert torch.bincount(test.y).tolist() == [1000]*10
+
+def test_methods_of_a_pair_see_the_same_inliers():
+    need('cifar10', 'tinyimagenet_aux', weights='resnet20-12fca82f.th')
+    from aoe_nb.experiment import methods
+    from aoe_nb.poster import _trial, tune
+    first = {m: tune(_trial('cifar10', m, steps=1, bs=64, bn='frozen')).energy_log.rows[0] for m in methods}
+    assert len({o[0] for o in first.values()}) == 1, first
+    assert first['plain'][1] is None and first['aoe'][1] < first['oe'][1]
