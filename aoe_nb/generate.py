@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['presets', 'Generator', 'Critic', 'GAN', 'Checkpoint', 'GANCallback', 'check_trainable', 'data_digest', 'gan_learner',
-           'gan_schedule', 'train_gan', 'save_generator', 'load_generator', 'PCAGaussian', 'Mixed', 'frechet_distance',
-           'nearest', 'generator_path', 'aoe_generate']
+           'gan_schedule', 'train_gan', 'generator_path', 'save_generator', 'load_generator', 'PCAGaussian', 'Mixed',
+           'frechet_distance', 'nearest', 'aoe_generate']
 
 # %% ../nbs/06_generate.ipynb #1b8580cb
 import hashlib, json, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -265,7 +265,18 @@ def sample(self:Generator,
     finally: self.train(was)
     return Images(torch.cat(x), y, _sampled(getattr(self, 'classes', None) or range(self.n_classes)), f'samples-{float(sigma)}')
 
-# %% ../nbs/06_generate.ipynb #957fb568
+# %% ../nbs/06_generate.ipynb #cfddfeb3
+def generator_path(
+    preset, # name in `presets`
+    data, # name of the inliers
+    seed=0,
+    folder='weights', # where generators are kept
+)->Path:
+    "Where the generator of that preset, data and seed belongs: `folder`, or this checkout's `weights/` if only that has it"
+    name = f'gan-{preset}-{Path(str(data)).name}-s{seed}.pt'
+    own,ours = Path(folder)/name,Path(__file__).parent.parent/'weights'/name
+    return ours if ours.exists() and not own.exists() else own
+
 def save_generator(
     g:Generator,
     path, # .pt; a .json goes beside it
@@ -369,18 +380,7 @@ def nearest(
     for o in a.split(bs): d,i = torch.cdist(o, b).min(1); res.append((d/a.shape[1]**.5, i))
     return tuple(map(torch.cat, zip(*res)))
 
-# %% ../nbs/06_generate.ipynb #3aca40f9
-def generator_path(
-    preset, # name in `presets`
-    data, # name of the inliers
-    seed=0,
-    folder='weights', # where generators are kept
-)->Path:
-    "Where the generator of that preset, data and seed belongs: `folder`, or this checkout's `weights/` if only that has it"
-    name = f'gan-{preset}-{Path(str(data)).name}-s{seed}.pt'
-    own,ours = Path(folder)/name,Path(__file__).parent.parent/'weights'/name
-    return ours if ours.exists() and not own.exists() else own
-
+# %% ../nbs/06_generate.ipynb #df8689c0
 @call_parse
 def aoe_generate(
     data:str='cifar10', # Inliers: cifar10, cifar100, or a folder with train/CLASS/ and test/CLASS/

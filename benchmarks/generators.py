@@ -23,16 +23,19 @@ def seen(net, images):
     with eval_mode(net), torch.no_grad(): z = [_features(net, x) for x in pixel_batches(images, 500)]
     return tuple(map(torch.cat, zip(*z)))
 
+def spread(o):
+    "Standard deviation of a pixel among images of one class, root mean square over pixels and classes, in grey levels"
+    return float(torch.stack([o.x[o.y == k].float().var(0).mean() for k in o.y.unique()]).mean().sqrt())
+
 def quality(data, net):
     "One row for the test images, as what a perfect generator would score, and one a sigma"
     train,test = inliers(data, 'train'),fixed_subset(inliers(data, 'test'), n)
     g,ref = load_generator(generator_path('tiny', data, folder=out.parent.parent/'weights')),seen(net, train)[0]
-    near_feats = ref
     def row(o, **about):
         f,z = seen(net, o)
         right = float((z.argmax(1) == o.y).float().mean()) if data == 'cifar10' else None # the classifier knows these classes only
         d,i = nearest(o.x[:n_near], train.x)
-        return about | dict(frechet=frechet_distance(f, ref), class_consistency=right, nearest_pixel=float(d.mean()), nearest_pixel_min=float(d.min()), nearest_feature=float(nearest(f[:n_near], near_feats)[0].mean()),
+        return about | dict(frechet=frechet_distance(f, ref), class_consistency=right, spread=spread(o), nearest_pixel=float(d.mean()), nearest_pixel_min=float(d.min()), nearest_feature=float(nearest(f[:n_near], ref)[0].mean()),
             energy_percentiles=np.percentile(energy(z), range(0, 101, 5)).round(3).tolist())
     rows = [row(test, source='test images', sigma=None)]
     for s in sigmas:
