@@ -7,7 +7,7 @@ __all__ = ['presets', 'Generator', 'Critic', 'GAN', 'Checkpoint', 'GANCallback',
            'gan_schedule', 'train_gan', 'generator_path', 'save_generator', 'load_generator', 'PCAGaussian', 'Mixed',
            'frechet_distance', 'nearest', 'aoe_generate']
 
-# %% ../nbs/06_generate.ipynb #1b8580cb
+# %% ../nbs/06_generate.ipynb #b40ebccb
 import hashlib, json, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +19,7 @@ from fastcore.all import patch
 from fastcore.script import call_parse, store_true
 from .data import Images, RandomCropFlip, inliers
 from .exposure import DeviceMixedPrecision
-from .models import check_weights, save_weights
+from .models import check_weights, save_weights, weights_file
 from .sources import check_writable, provenance, write_whole
 from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
@@ -265,7 +265,7 @@ def sample(self:Generator,
     finally: self.train(was)
     return Images(torch.cat(x), y, _sampled(getattr(self, 'classes', None) or range(self.n_classes)), f'samples-{float(sigma)}')
 
-# %% ../nbs/06_generate.ipynb #cfddfeb3
+# %% ../nbs/06_generate.ipynb #9853c582
 def generator_path(
     preset, # name in `presets`
     data, # name of the inliers
@@ -273,9 +273,7 @@ def generator_path(
     folder='weights', # where generators are kept
 )->Path:
     "Where the generator of that preset, data and seed belongs: `folder`, or this checkout's `weights/` if only that has it"
-    name = f'gan-{preset}-{Path(str(data)).name}-s{seed}.pt'
-    own,ours = Path(folder)/name,Path(__file__).parent.parent/'weights'/name
-    return ours if ours.exists() and not own.exists() else own
+    return weights_file(f'gan-{preset}-{Path(str(data)).name}-s{seed}.pt', folder)
 
 def save_generator(
     g:Generator,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'published', 'small_cnn', 'PixelNorm', 'with_stats', 'resnet20',
-           'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'save_weights', 'check_weights', 'read_weights',
-           'load_weights']
+           'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'weights_file', 'save_weights', 'check_weights',
+           'read_weights', 'load_weights']
 
 # %% ../nbs/05_models.ipynb #36e1d605
 import hashlib, json, torch, torch.nn.functional as F
@@ -107,7 +107,15 @@ class _WideResNet(nn.Module):
 def wrn40_2(n_out=10, stats=cifar10_stats, drop=.3): "WRN-40-2 with dropout: (N,3,H,W) in [0,1] -> logits (N,n_out); 2.2M parameters"; return with_stats(_WideResNet(40, 2, n_out, drop), stats)
 def wrn16_4(n_out=10, stats=cifar10_stats, drop=.3): "WRN-16-4 with dropout, as `wrn40_2`; 2.7M parameters"; return with_stats(_WideResNet(16, 4, n_out, drop), stats)
 
-# %% ../nbs/05_models.ipynb #03e19486
+# %% ../nbs/05_models.ipynb #1b6cf8fb
+def weights_file(
+    name, # of a file
+    folder='weights', # where to look first
+)->Path:
+    "`name` in `folder`, or in this checkout's `weights/` if only that has it"
+    own,ours = Path(folder)/name,Path(__file__).parent.parent/'weights'/name
+    return ours if ours.exists() and not own.exists() else own
+
 def save_weights(
     model:nn.Module,
     path, # .pt; the .json goes beside it

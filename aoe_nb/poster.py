@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes',
            'start_config', 'nesterov', 'tune_config', 'search_space', 'exposures', 'asked', 'view_of', 'fixed_subset',
-           'starts_of', 'weights_sha', 'weights_path', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog',
-           'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict',
-           'claims']
+           'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned',
+           'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict', 'claims']
 
-# %% ../nbs/11_poster.ipynb #552e4a61
+# %% ../nbs/11_poster.ipynb #8bafb990
 import json, re, time, numpy as np, pandas as pd, torch
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from .evaluation import compare_reports, ood_metrics, pixel_batches
 from .experiment import Kind, config_hash, exposure_of, kinds, result_path, run
 from .exposure import OutlierExposure
 from .generate import Checkpoint, generator_path, load_generator
-from .models import cifar10_stats, cifar100_stats, imagenet_stats, load_weights, resnet20, save_weights, wrn40_2
+from .models import cifar10_stats, cifar100_stats, imagenet_stats, load_weights, resnet20, save_weights, weights_file, wrn40_2
 from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -57,7 +56,7 @@ def fixed_subset(
     for k in y.unique(): rank[y == k] = torch.arange((y == k).sum())
     return images.take(perm[rank.argsort(stable=True)[:n]])
 
-# %% ../nbs/11_poster.ipynb #fd2f832c
+# %% ../nbs/11_poster.ipynb #9fcffcb4
 starts = dict(cifar10=['published','s1','s2','s3','s4'], cifar100=['s0','s1','s2','s3','s4'])
 def starts_of(id, model='resnet20'): "Names of the five starts; only the ResNet-20 for CIFAR-10 has a published one"; return starts[id] if model == 'resnet20' else ['s0','s1','s2','s3','s4']
 
@@ -67,13 +66,8 @@ nesterov = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True
 
 def weights_sha(name):
     "The first eight hex digits of the checksum of `name` in `weights/`, so that a config knows which file it was about; '' if it is not there"
-    j = weights_path(name).with_suffix('.json')
+    j = weights_file(name).with_suffix('.json')
     return json.loads(j.read_text())['sha256'][:8] if j.exists() else ''
-
-def weights_path(name):
-    "`weights/name` here, or in this checkout if only that has it"
-    own,ours = Path('weights')/name,Path(__file__).parent.parent/'weights'/name
-    return ours if ours.exists() and not own.exists() else own
 
 def load_start(
     id, # 'cifar10' or 'cifar100'
@@ -82,7 +76,7 @@ def load_start(
 ):
     "A trained classifier to fine-tune, (N,3,32,32) in [0,1] -> logits"
     if start == 'published': return load_weights(resnet20(stats=imagenet_stats), 'resnet20')
-    f = weights_path(f'start-{model}-{id}-{start}.pt')
+    f = weights_file(f'start-{model}-{id}-{start}.pt')
     if not f.exists(): raise FileNotFoundError(f'no start {f}: train it with aoe_run starts')
     return load_weights(networks[model](n_classes[id], pixel_stats[id]), f)
 
@@ -114,7 +108,7 @@ def _logits(model, images):
 
 kinds['starts'] = Kind(start_config, _check_start, _train_start)
 
-# %% ../nbs/11_poster.ipynb #8374a914
+# %% ../nbs/11_poster.ipynb #57259329
 tune_config = dict(experiment='grid', method='aoe', id='cifar10', start='published', seed=0, model='resnet20', outliers='gan-tiny-cifar10-s0', sigma=7, steps=195, bs=256,
     lr=1e-3, lam=.5, eps_255=8, bn='inliers', loss='uniform', view='table', attacks='all', start_sha='', outliers_sha='')
 
@@ -127,7 +121,7 @@ def exposed_pool(
     "The outliers of an experiment; of the real ones those whose classes are in neither CIFAR nor in the search"
     if name == 'tinyimagenet_aux':
         return outliers(name).select(exposed_classes)
-    return load_generator(weights_path(f'{name}.pt')).sample(n, sigma)
+    return load_generator(weights_file(f'{name}.pt')).sample(n, sigma)
 
 def tune(
     config:dict, # like `tune_config`
@@ -178,7 +172,7 @@ def _attacked(learn, s_in, sets, name, attack, eps, sides, n_in, n_out):
     outs = {on: {k: learn.ood_scores(o, attack=attack if on else None) for k,o in b.items()} for on in {s in ('ood','both') for s in sides}}
     return [_row(k, o.group, 'energy', name, s, eps, ins[s in ('id','both')], outs[s in ('ood','both')][k]) for s in sides for k,o in sets.items()]
 
-# %% ../nbs/11_poster.ipynb #cd76e2d2
+# %% ../nbs/11_poster.ipynb #4c44ea66
 def measure_tuned(
     learn, # from `tune`
     config, # its config
@@ -209,9 +203,9 @@ def _check_tune(config):
     _check_start(config); exposure_of(config['method'], 0); check_eps(config['eps_255']/255)
     for k,known in dict(view=('select','table'), attacks=('none','all','hard'), loss=('uniform','margin'), start=starts_of(config['id'], config['model'])).items():
         if config[k] not in known: raise ValueError(f'{k} must be one of {", ".join(known)}, not {config[k]!r}')
-    if config['start'] != 'published' and not (f := weights_path(f'start-{config["model"]}-{config["id"]}-{config["start"]}.pt')).exists(): raise FileNotFoundError(f'no start {f}: train it with aoe_run starts')
+    if config['start'] != 'published' and not (f := weights_file(f'start-{config["model"]}-{config["id"]}-{config["start"]}.pt')).exists(): raise FileNotFoundError(f'no start {f}: train it with aoe_run starts')
     if config['start_sha'] and config['start_sha'] != start_sha(config['id'], config['start'], config['model']): raise ValueError(f'the start {config["start"]} is not the one of this config: its checksum changed')
-    if config['outliers'] != 'tinyimagenet_aux' and not weights_path(f'{config["outliers"]}.pt').exists(): raise FileNotFoundError(f'no generator {config["outliers"]} in weights/: make it with aoe_generate')
+    if config['outliers'] != 'tinyimagenet_aux' and not weights_file(f'{config["outliers"]}.pt').exists(): raise FileNotFoundError(f'no generator {config["outliers"]} in weights/: make it with aoe_generate')
 
 def _tuned(config, path):
     "What a cell records; a run that diverged is a result too, the worst"
@@ -250,7 +244,7 @@ def search(
         best[k] = max(vs, key=lambda v: _value([done(c) for c in cs[v]], floor))
     return best
 
-# %% ../nbs/11_poster.ipynb #00bab599
+# %% ../nbs/11_poster.ipynb #0ecf00d1
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
@@ -273,7 +267,7 @@ def cells(
 
 def missing(name, ids, out='results', model='resnet20'):
     "The cells without a result; of the starts also those whose weights are gone"
-    def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_path(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
+    def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_file(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
     return [c for c in cells(name, ids, out, model) if not there(c)]
 
 # %% ../nbs/11_poster.ipynb #429b29ba
