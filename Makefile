@@ -26,4 +26,4 @@ site: .venv/ready
 	$(BIN)python tests/website.py
 
 results: .venv/ready
-	for o in starts select grid; do $(BIN)aoe_run $$o || exit 1; done
+	for o in starts select grid hard; do $(BIN)aoe_run $$o || exit 1; done

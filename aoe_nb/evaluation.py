@@ -6,7 +6,7 @@
 __all__ = ['ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'labelled_batches', 'pixel_batches', 'on_input', 'log_msp',
            'calibration_bins', 'pytorch_ood_score', 'standard_attacks', 'transfer_matrix', 'compare_reports']
 
-# %% ../nbs/04_evaluation.ipynb #fbd42cb1
+# %% ../nbs/04_evaluation.ipynb #23d267a8
 import hashlib, inspect, os, sys, warnings, numpy as np, pandas as pd, torch
 from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 from fastcore.all import patch
 from .attack import APGD, FGSM, MIFGSM, PGD, Square, eval_mode, no_gradient
-from .data import Images, Pixels, as_pixels
+from .data import Images, Pixels, as_pixels, outliers
 from .energy import energy, get_score, msp
 from fastai.learner import Learner
 
@@ -283,7 +283,7 @@ def id_report(self:Learner, inliers=None, bs=256, cache=None)->dict:
     o = _certainty(self, inliers, bs, cache); b = calibration_bins(o[:,0], o[:,1])
     return dict(accuracy=o[:,1].double().mean().item(), ECE=float((b.n*(b.confidence-b.accuracy).abs()).sum()/b.n.sum()), NLL=o[:,2].double().mean().item(), n=len(o))
 
-# %% ../nbs/04_evaluation.ipynb #5204c7b6
+# %% ../nbs/04_evaluation.ipynb #30410149
 _sides = dict(ood=(False,True), id=(True,False), both=(True,True))
 _means = dict(near=['near'], far=['far'], natural=['near','far',None])
 
@@ -299,20 +299,31 @@ def _report(s_in, outs, n_boot=0, seed=0):
     for k,r in reps.items(): rows[k] |= _interval(r)
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('set').astype(dict(n_in='Int64', n_out='Int64'))
 
+def _size(source):
+    "Height and width of the images, None where that would use up a shuffled or endless loader"
+    if isinstance(source, (Images,Tensor,np.ndarray)): return tuple((source.x if isinstance(source, Images) else source).shape[2:])
+    if getattr(source, 'shuffle', True) or not hasattr(source, 'one_batch'): return None
+    return tuple(source.one_batch()[0].shape[2:])
+
 def _side_scores(learn, sets, score, attack, attacked, inliers, seed, bs, cache, s_in=None):
     "Scores of inliers, unless they are given and stay as they are, and {name: (group, scores)} of the outliers"
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
     if attacked not in _sides: raise ValueError(f'attacked must be one of {", ".join(_sides)}, not {attacked!r}')
+    inliers = learn.dls.valid if inliers is None else inliers
+    sets = {k: outliers(o) if isinstance(o, (str,Path)) else o for k,o in sets.items()}
+    if size := _size(inliers):
+        for k,o in sets.items():
+            if (other := _size(o)) and other != size: raise ValueError(f'{k} has {"x".join(map(str, other))} images, the inliers {"x".join(map(str, size))}: bring them to one size, a folder with outliers(folder, size={size[0]})')
     on_id,on_ood = _sides[attacked]
     def f(source, on, sign): return learn.ood_scores(source, score, attack if on else None, sign, seed, bs, cache)
-    if s_in is None or (on_id and attack is not None): s_in = f(learn.dls.valid if inliers is None else inliers, on_id, -1)
+    if s_in is None or (on_id and attack is not None): s_in = f(inliers, on_id, -1)
     return s_in,{k: (getattr(o, 'group', None), f(o, on_ood, 1)) for k,o in sets.items()}
 
-# %% ../nbs/04_evaluation.ipynb #33d3822c
+# %% ../nbs/04_evaluation.ipynb #fcf0971c
 @patch
 def ood_report(
     self:Learner,
-    sets:dict, # {name: `Images`, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # such as `FGSM(2/255)` or `PGD(2/255, 20)`, end to end on `score`
     attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
@@ -330,11 +341,11 @@ def ood_report(
     except _Unlabelled: df.attrs['id'] = None
     return df
 
-# %% ../nbs/04_evaluation.ipynb #dc372b8e
+# %% ../nbs/04_evaluation.ipynb #f1f5d493
 @patch
 def score_frame(
     self:Learner,
-    sets:dict, # {name: `Images`, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # of the outliers
     inliers=None, # default: the learner's validation set
@@ -412,11 +423,11 @@ def _at(attack, eps):
     if not eps: return None
     return replace(attack, eps=eps) if is_dataclass(attack) and not isinstance(attack, type) else attack(eps)
 
-# %% ../nbs/04_evaluation.ipynb #ad186b0b
+# %% ../nbs/04_evaluation.ipynb #d2229a98
 @patch
 def robustness_curve(
     self:Learner,
-    sets:dict, # {name: `Images`, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
     eps=tuple(e/255 for e in (0,.5,1,2,4,8,16)), # sizes of the attack, 0: none
     attack=PGD, # class or function eps -> attack, or an attack whose eps is replaced
     score=energy, # name, function of logits, or `on_input`
@@ -468,11 +479,11 @@ def masking_check(
     for k,o in df[df.suspicious].iterrows(): warnings.warn(f'gradients may be masked: {k}, {o.value:.3f} is above {tol}', stacklevel=2)
     return df
 
-# %% ../nbs/04_evaluation.ipynb #ecdbd010
+# %% ../nbs/04_evaluation.ipynb #863d1ecf
 @patch
 def attack_table(
     self:Learner,
-    sets:dict, # {name: `Images`, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
     scores:dict, # {name: score}
     attacks:dict, # {name: attack or None}
     metric='AUROC',

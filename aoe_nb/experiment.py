@@ -6,15 +6,14 @@
 __all__ = ['methods', 'demo_config', 'models', 'kinds', 'exposure_of', 'config_hash', 'result_path', 'check_config', 'train',
            'measure', 'Kind', 'run', 'read_results', 'one_config', 'demo_table', 'demo_figure', 'aoe_demo']
 
-# %% ../nbs/07_experiment.ipynb #71294b50
+# %% ../nbs/07_experiment.ipynb #33390fce
 import hashlib, json, time, numpy as np, pandas as pd, torch
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from .attack import FGSM, PGD, Gaussian, RandomSign, check_eps
 from .data import inliers, outliers, unseen
-from .energy import energy, get_score
+from .energy import energy
 from .evaluation import ood_metrics
 from .exposure import OutlierExposure
 from .models import small_cnn
@@ -23,7 +22,7 @@ from fastcore.script import call_parse, store_true
 from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import set_seed
 from tqdm import tqdm
 
 # %% ../nbs/07_experiment.ipynb #daa6beeb

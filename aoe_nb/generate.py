@@ -7,12 +7,12 @@ __all__ = ['presets', 'Generator', 'Critic', 'GAN', 'Checkpoint', 'GANCallback',
            'gan_schedule', 'train_gan', 'generator_path', 'save_generator', 'load_generator', 'PCAGaussian', 'Mixed',
            'frechet_distance', 'nearest', 'aoe_generate']
 
-# %% ../nbs/06_generate.ipynb #b40ebccb
+# %% ../nbs/06_generate.ipynb #f22e35a9
 import hashlib, json, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.all import patch

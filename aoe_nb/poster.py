@@ -8,8 +8,8 @@ __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'net
            'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned',
            'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict', 'claims']
 
-# %% ../nbs/11_poster.ipynb #8bafb990
-import json, re, time, numpy as np, pandas as pd, torch
+# %% ../nbs/11_poster.ipynb #28346292
+import json, re, numpy as np, pandas as pd, torch
 from functools import lru_cache, partial
 from pathlib import Path
 from fastcore.script import Param, call_parse, store_true
@@ -19,7 +19,7 @@ from .energy import energy, energy_margin, msp
 from .evaluation import compare_reports, ood_metrics, pixel_batches
 from .experiment import Kind, config_hash, exposure_of, kinds, result_path, run
 from .exposure import OutlierExposure
-from .generate import Checkpoint, generator_path, load_generator
+from .generate import Checkpoint, load_generator
 from .models import cifar10_stats, cifar100_stats, imagenet_stats, load_weights, resnet20, save_weights, weights_file, wrn40_2
 from fastai.callback.all import *
 from fastai.learner import Learner
@@ -362,7 +362,7 @@ def verdict(
     sides = [(w*r.lo > 0 and w*r.hi > 0, w*r.lo < 0 and w*r.hi < 0) for (_,r),w in zip(rows.iterrows(), wants)]
     return 'holds' if all(a for a,_ in sides) else 'fails' if any(b for _,b in sides) else 'undecided'
 
-# %% ../nbs/11_poster.ipynb #bf50c644
+# %% ../nbs/11_poster.ipynb #669a4925
 def _paired(runs, other, **where):
     "AOE minus `other` over the five starts, or None before all are there"
     a,b = (start_reports(runs, m, **where) for m in (other,'aoe'))
@@ -401,6 +401,6 @@ def claims(
         P3=('AOE is more robust to attacks on the energy, at every eps', _robust), P4=('AOE keeps ID accuracy, within 0.3 points of OE', lambda g,h: _accurate(g)))
     def said(f): return ', '.join(f'{k}: {f(runs[i,"grid"], runs[i,"hard"]) or "not measured yet"}' for i,k in dict(cifar10='CIFAR-10', cifar100='CIFAR-100').items())
     rows = {k: (c, said(f)) for k,(c,f) in tests.items()} | dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
-        P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','undecided, tried on digits only'),
+        P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','not measured yet, a first look on digits'),
         Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open'))
     return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict'])

@@ -98,7 +98,7 @@ def cached(
     write_whole(path, lambda f: np.savez(f, x=x, classes=np.array(classes or [], dtype=str), **({} if y is None else dict(y=np.asarray(y, dtype=np.int64)))))
     return x,y,classes
 
-# %% ../nbs/09_sources.ipynb #ecac9f9e
+# %% ../nbs/09_sources.ipynb #1d5fa687
 def read_folder(
     folder, # class/image files, at any depth; the class is the folder an image lies in
     size:int=None, # side to resize to; None: all images must have one size
@@ -112,7 +112,7 @@ def read_folder(
         with Image.open(f) as im: return fit(im, size)
     with ThreadPoolExecutor(8) as ex: ims = list(tqdm(ex.map(one, files), total=len(files), desc=f'reading {Path(folder).name}', disable=len(files) < 5000))
     shapes = {o.shape for o in ims}
-    if len({o[1:] for o in shapes}) > 1: raise ValueError(f'{folder} has images of {" and ".join(map(str, sorted(shapes)[:2]))}: give size= to resize them, or resize them yourself')
+    if len({o[1:] for o in shapes}) > 1: raise ValueError(f'{folder} has images of {" and ".join(map(str, sorted(shapes)[:2]))}: give a size, as in outliers(folder, size=32), or resize them yourself')
     if len(shapes) > 1: ims = [np.broadcast_to(o, (3,*o.shape[1:])) for o in ims]
     classes = sorted({f.parent.name for f in files})
     return np.stack(ims),np.array([classes.index(f.parent.name) for f in files]),classes

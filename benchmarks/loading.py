@@ -10,7 +10,7 @@ from aoe_nb.exposure import DeviceMixedPrecision
 from aoe_nb.models import cifar10_stats, resnet20
 from aoe_nb.sources import _folder, provenance
 from fastai.callback.all import *
-from fastai.vision.all import ImageDataLoaders, Flip, Learner, Normalize, default_device
+from fastai.vision.all import ImageDataLoaders, Flip, Learner, Normalize
 
 def rate(dl, n_batches):
     "Images per second of `n_batches`, after one to warm up"

@@ -4,10 +4,9 @@
 """
 import json, time
 from pathlib import Path
-import torch
 from aoe_nb.audit import audit
 from aoe_nb.data import inliers, outliers, unseen
-from aoe_nb.evaluation import ood_metrics
+import aoe_nb.evaluation
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
 from aoe_nb.sources import provenance
 from fastai.learner import Learner

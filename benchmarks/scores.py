@@ -1,27 +1,19 @@
 """Time of a report's metrics on a million scores beside pytorch-ood's, and of PGD-20 beside torchattacks', into results/benchmarks/scores.json.
 
 Both sides alternate, on the same numbers, model, batch and machine; the file holds every repetition, and the ratio is the median over pairs of neighbours."""
-import json, platform, subprocess, sys, time
+import json, sys, time
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from aoe_nb.attack import pgd
 from aoe_nb.evaluation import ood_metrics
 from aoe_nb.models import small_cnn
+from aoe_nb.sources import provenance
 import torchattacks
 from pytorch_ood.metrics import AUPR, AUROC, FPRAtTPR, MetricCollection
 
 ROOT = Path(__file__).resolve().parent.parent
 config = dict(scores=1_000_000, batch=128, shape=[3,32,32], model='small_cnn(3, 10)', eps_255=8, alpha_255=2, steps=20, repeats=15)
-
-def commit():
-    def git(*a): return subprocess.run(['git', '-C', str(ROOT), *a], capture_output=True, text=True).stdout.strip()
-    return git('rev-parse', 'HEAD') + ('-dirty' if git('status', '--porcelain', '--', 'aoe_nb', 'benchmarks') else '')
-
-def machine(device):
-    if device == 'cuda': return torch.cuda.get_device_name()
-    names = [l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')]
-    return f'cpu: {names[0] if names else platform.processor()}, {torch.get_num_threads()} threads'
 
 def alternate(sides, repeats, wait=lambda: None):
     "Seconds of each of `sides`, {name: function}, taken in turn after one round to warm up"
@@ -53,8 +45,7 @@ def main(out=ROOT/'results/benchmarks/scores.json', seed=0):
     metrics = alternate(metric_sides(config['scores'], seed), config['repeats'])
     attacks = alternate(attack_sides(config, device, seed), config['repeats'], torch.cuda.synchronize if device == 'cuda' else lambda: None)
     med = {k: {n: float(np.median(v)) for n,v in o.items()} for k,o in dict(metrics=metrics, pgd20=attacks).items()}
-    res = dict(experiment='benchmarks', benchmark='scores', config=config, seed=seed, commit=commit(), device=machine(device),
-        versions=dict(python=platform.python_version()) | {o: version(o) for o in ('aoe_nb','torch','numpy','pytorch-ood','torchattacks')},
+    res = dict(experiment='benchmarks', benchmark='scores', config=config, seed=seed, **(p := provenance()) | dict(versions=p['versions'] | {o: version(o) for o in ('pytorch-ood','torchattacks')}),
         runs=dict(metrics=metrics, pgd20=attacks), median_seconds=med,
         pgd20_images_per_second={k: config['batch']/v for k,v in med['pgd20'].items()},
         ratios={k: float(np.median(np.divide(*reversed(list(o.values()))))) for k,o in dict(metrics=metrics, pgd20=attacks).items()}, # peer : aoe_nb
