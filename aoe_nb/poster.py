@@ -8,11 +8,11 @@ __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'net
            'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned',
            'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict', 'claims']
 
-# %% ../nbs/11_poster.ipynb #28346292
+# %% ../nbs/11_poster.ipynb #3d845313
 import json, re, numpy as np, pandas as pd, torch
 from functools import lru_cache, partial
 from pathlib import Path
-from fastcore.script import Param, call_parse, store_true
+from fastcore.script import call_parse, store_true
 from .attack import FGSM, PGD, Square, check_eps, eval_mode
 from .data import Images, RandomCropFlip, inliers, outliers, unseen
 from .energy import energy, energy_margin, msp
@@ -270,10 +270,15 @@ def missing(name, ids, out='results', model='resnet20'):
     def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_file(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
     return [c for c in cells(name, ids, out, model) if not there(c)]
 
-# %% ../nbs/11_poster.ipynb #429b29ba
+# %% ../nbs/11_poster.ipynb #3e490ff4
+_what = 'Experiment: starts, select, grid, or hard (Square and PGD-50 on one start)'
+try: from fastcore.script import Param; _Name = Param(_what, str, opt=False, nargs='?')
+except ImportError: from typing import Annotated; _Name = Annotated[str, _what, dict(opt=False, nargs='?')] # fastcore 2
+
+# %% ../nbs/11_poster.ipynb #23d5a7d0
 @call_parse
 def aoe_run(
-    name:Param('Experiment: starts, select, grid, or hard (Square and PGD-50 on one start)', str, opt=False, nargs='?')='',
+    name:_Name='',
     ids:str='cifar10,cifar100', # Inliers, separated by commas
     model:str='resnet20', # Or wrn40_2, which wants a GPU; a search is always over resnet20
     seeds:str='', # Only these seeds, separated by commas
