@@ -283,7 +283,7 @@ def id_report(self:Learner, inliers=None, bs=256, cache=None)->dict:
     o = _certainty(self, inliers, bs, cache); b = calibration_bins(o[:,0], o[:,1])
     return dict(accuracy=o[:,1].double().mean().item(), ECE=float((b.n*(b.confidence-b.accuracy).abs()).sum()/b.n.sum()), NLL=o[:,2].double().mean().item(), n=len(o))
 
-# %% ../nbs/04_evaluation.ipynb #30410149
+# %% ../nbs/04_evaluation.ipynb #3c11e3a0
 _sides = dict(ood=(False,True), id=(True,False), both=(True,True))
 _means = dict(near=['near'], far=['far'], natural=['near','far',None])
 
@@ -303,7 +303,8 @@ def _size(source):
     "Height and width of the images, None where that would use up a shuffled or endless loader"
     if isinstance(source, (Images,Tensor,np.ndarray)): return tuple((source.x if isinstance(source, Images) else source).shape[2:])
     if getattr(source, 'shuffle', True) or not hasattr(source, 'one_batch'): return None
-    return tuple(source.one_batch()[0].shape[2:])
+    b = source.one_batch()
+    return tuple((b[0] if isinstance(b, (tuple,list)) else b).shape[2:])
 
 def _side_scores(learn, sets, score, attack, attacked, inliers, seed, bs, cache, s_in=None):
     "Scores of inliers, unless they are given and stay as they are, and {name: (group, scores)} of the outliers"

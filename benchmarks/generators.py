@@ -2,7 +2,7 @@
 
     python benchmarks/generators.py [DATA ...]     # needs CIFAR-10 and CIFAR-100 on this disk; about three minutes for each on 2 cores
 """
-import json, sys, time
+import sys, time
 from pathlib import Path
 import numpy as np, torch
 from aoe_nb.attack import FGSM, eval_mode
@@ -12,7 +12,8 @@ from aoe_nb.evaluation import _features, pixel_batches
 from aoe_nb.generate import frechet_distance, generator_path, load_generator, nearest
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
 from aoe_nb.poster import fixed_subset, load_start, starts
-from aoe_nb.sources import provenance, write_whole
+from aoe_nb.sources import write_whole
+from published import record
 from torchvision.utils import save_image
 
 out = Path(__file__).resolve().parent.parent/'results/generate'
@@ -46,7 +47,7 @@ def quality(data, net):
     rows.append(row(g.sample(n, 1., blend=.5), source='generator, blend 0.5', sigma=1))
     return rows
 
-def step(data, net, start, eps=8/255, k=6, m=500):
+def step(data, net, eps=8/255, k=6, m=500):
     "Outliers before and after the AOE step on `net`, a few as images and the energies of `m`; the band of the inliers' energies"
     g,e = load_generator(generator_path('tiny', data, folder=out.parent.parent/'weights')),lambda o: energy(seen(net, o)[1])
     arrays,percentiles,energies = {},{},{}
@@ -58,15 +59,13 @@ def step(data, net, start, eps=8/255, k=6, m=500):
         energies[f'{s:g}'] = dict(before=a[:k].tolist(), after=b[:k].tolist())
         arrays |= {f'{w}_{s:g}': (255*o[:k]).round().byte().numpy() for w,o in dict(before=x, after=moved).items()}
     write_whole(out/f'step-{data}.npz', lambda f: np.savez_compressed(f, **arrays))
-    return dict(config=dict(data=data, classifier=start, generator=f'gan-tiny-{data}-s0', eps_255=round(255*eps, 3), n=m), percentiles=percentiles, energy=energies, inlier_percentiles=np.percentile(e(fixed_subset(inliers(data, 'test'), 2000)), range(0, 101, 5)).round(3).tolist())
-
-def record(name, t, res): write_whole(out/f'{name}.json', json.dumps(dict(seed=0, **res, **provenance(), seconds=round(time.time()-t, 1)), indent=1))
+    return dict(percentiles=percentiles, energy=energies, inlier_percentiles=np.percentile(e(fixed_subset(inliers(data, 'test'), 2000)), range(0, 101, 5)).round(3).tolist())
 
 if __name__ == '__main__':
     out.mkdir(parents=True, exist_ok=True); net = load_weights(resnet20(stats=imagenet_stats), 'resnet20')
     for data in sys.argv[1:] or ['cifar10','cifar100']:
         t = time.time()
-        record(f'quality-{data}', t, dict(config=dict(data=data, generator=f'gan-tiny-{data}-s0', features='resnet20-12fca82f', n=n, n_nearest=n_near), rows=quality(data, net)))
+        record(f'quality-{data}', dict(data=data, generator=f'gan-tiny-{data}-s0', features='resnet20-12fca82f', n=n, n_nearest=n_near), t, 'generate', rows=quality(data, net))
         t,start = time.time(),starts[data][0]
-        try: record(f'step-{data}', t, step(data, load_start(data, start), start))
+        try: record(f'step-{data}', dict(data=data, classifier=start, generator=f'gan-tiny-{data}-s0', eps_255=8, n=500), t, 'generate', **step(data, load_start(data, start)))
         except FileNotFoundError as e: print(e)

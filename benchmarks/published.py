@@ -20,9 +20,9 @@ def learner():
     test = inliers('cifar10', 'test')
     return Learner(test.dls(256, valid=test), load_weights(resnet20(stats=imagenet_stats), 'resnet20'), metrics=accuracy)
 
-def record(name, config, t, **res):
+def record(name, config, t, folder='published', **res):
     "Write a result with what it takes to repeat it"
-    out = Path(__file__).resolve().parent.parent/'results/published'/f'{name}.json'; out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(__file__).resolve().parent.parent/'results'/folder/f'{name}.json'; out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(config=config, seed=0, **provenance(), seconds=round(time.time()-t, 1), **res), indent=1))
 
 if __name__ == '__main__':
