@@ -16,7 +16,7 @@ def render():
         if c.cell_type == 'code' and re.match(r'#\|\s*echo:\s*false', c.source): c.source = ''
     text,res = MarkdownExporter().from_notebook_node(nb, dict(unique_key='README', output_files_dir=FILES))
     text = re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', text)
-    text = re.sub(r'```python\s*```\n', '', text).replace('![png](', '![Energies before and after exposure, an outlier before and after the step, and AUROC against the size of an attack](')
+    text = re.sub(r'```python\s*```\n', '', text).replace('![png](', '![Generated outliers before and after the step, and their energies beside those of test images](')
     text = re.sub(r'<style.*?</style>\n?', '', text, flags=re.S)
     return re.sub(r'\n{3,}', '\n\n', '<!-- from nbs/index.ipynb: edit that, then `make readme` -->\n' + text).strip() + '\n',res['outputs']
 
