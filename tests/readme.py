@@ -23,4 +23,5 @@ def render():
 if __name__ == '__main__':
     text,files = render()
     (ROOT/'README.md').write_text(text, encoding='utf-8')
+    for f in (ROOT/FILES).glob('*'): f.unlink()
     for name,data in files.items(): (ROOT/name).parent.mkdir(exist_ok=True); (ROOT/name).write_bytes(data)

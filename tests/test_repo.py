@@ -31,6 +31,7 @@ def test_readme_is_index():
     text,files = render()
     assert (ROOT/'README.md').read_text() == text, 'run make readme'
     for name,data in files.items(): assert (ROOT/name).read_bytes() == data, f'{name}: run make readme'
+    assert {p.name for p in (ROOT/'README_files').iterdir()} == {Path(o).name for o in files}, 'run make readme'
 
 @pytest.mark.parametrize('nb', NBS, ids=ids)
 def test_notebook_is_fit_for_the_site(nb):
