@@ -7,7 +7,7 @@ __all__ = ['presets', 'Generator', 'Critic', 'GAN', 'Checkpoint', 'GANCallback',
            'gan_schedule', 'train_gan', 'generator_path', 'save_generator', 'load_generator', 'PCAGaussian', 'Mixed',
            'frechet_distance', 'nearest', 'aoe_generate']
 
-# %% ../nbs/06_generate.ipynb #f22e35a9
+# %% ../nbs/06_generate.ipynb #e9c42d57
 import hashlib, json, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +19,7 @@ from fastcore.all import patch
 from fastcore.script import call_parse, store_true
 from .data import Images, RandomCropFlip, inliers
 from .exposure import DeviceMixedPrecision
-from .models import check_weights, save_weights, weights_file
+from .models import check_weights, keep_memory, save_weights, weights_file
 from .sources import check_writable, provenance, write_whole
 from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
@@ -411,10 +411,10 @@ def aoe_generate(
     except (ValueError, FileNotFoundError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_generate: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; the same command goes on from the last whole epoch in {run}')
 
-# %% ../nbs/06_generate.ipynb #1bc7d491
+# %% ../nbs/06_generate.ipynb #a731e9af
 def _train_and_keep(data, preset, seed, path, run, retrain):
     "Train and put the generator where it belongs"
-    images = inliers(data, 'train')
+    images = inliers(data, 'train'); keep_memory()
     if retrain and (run/'train.pth').exists() and path.exists(): path.unlink(); (run/'train.pth').unlink() # a whole one; a killed retraining goes on
     print(f'training {path.stem}: {presets[preset]["epochs"]} epochs, grids of samples in {run}')
     learn = train_gan(images, run/'train', preset, seed)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'published', 'small_cnn', 'PixelNorm', 'with_stats', 'resnet20',
            'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'weights_file', 'save_weights', 'check_weights',
-           'read_weights', 'load_weights']
+           'read_weights', 'load_weights', 'keep_memory']
 
-# %% ../nbs/05_models.ipynb #36e1d605
-import hashlib, json, torch, torch.nn.functional as F
+# %% ../nbs/05_models.ipynb #f8c10327
+import ctypes, hashlib, json, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
 from .sources import provenance, write_whole
@@ -179,3 +179,11 @@ def _match(own, theirs):
     names = {k: by_name[bare(k)] for k,v in own.items() if bare(k) in by_name and theirs[by_name[bare(k)]].shape == v.shape}
     same_order = [tuple(v.shape) for v in own.values()] == [tuple(v.shape) for v in theirs.values()]
     return dict(zip(own, theirs)) if len(names) < len(own) and same_order else names
+
+# %% ../nbs/05_models.ipynb #930b13f2
+def keep_memory()->bool: # whether it could: glibc only
+    "From now on this process keeps freed memory for its next tensors, instead of giving it back; as `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` in the environment (mallopt(3))"
+    try: mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError): return False
+    m_trim_threshold,m_mmap_max = -1,-4
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))

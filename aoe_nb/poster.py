@@ -6,9 +6,9 @@
 __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes',
            'start_config', 'nesterov', 'tune_config', 'search_space', 'exposures', 'asked', 'view_of', 'fixed_subset',
            'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned',
-           'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict', 'claims']
+           'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict', 'gains', 'claims']
 
-# %% ../nbs/11_poster.ipynb #3d845313
+# %% ../nbs/11_poster.ipynb #6ff442b4
 import json, re, numpy as np, pandas as pd, torch
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .evaluation import compare_reports, ood_metrics, pixel_batches
 from .experiment import Kind, config_hash, exposure_of, kinds, result_path, run
 from .exposure import OutlierExposure
 from .generate import Checkpoint, load_generator
-from .models import cifar10_stats, cifar100_stats, imagenet_stats, load_weights, resnet20, save_weights, weights_file, wrn40_2
+from .models import cifar10_stats, cifar100_stats, imagenet_stats, keep_memory, load_weights, resnet20, save_weights, weights_file, wrn40_2
 from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -303,12 +303,16 @@ def aoe_run(
     except (ValueError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_run: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')
 
-# %% ../nbs/11_poster.ipynb #93ad281f
+# %% ../nbs/11_poster.ipynb #a3747b8e
+def _start_there(c): return c['experiment'] == 'starts' or bool(start_sha(c['id'], c['start'], c['model']))
+
 def _run_all(name, ids, model, seeds, out, k, n):
     "Cells until there are none, the bar shows the time left"
+    keep_memory()
     waits = [i for i in ids if isinstance(search(i, done_in(out)), list)]
     if name in ('grid','hard') and waits: print(f'the search for {", ".join(waits)} is not over (aoe_run select), so its {name} has no cells yet')
-    def todo(): return [c for c in missing(name, ids, out, model) if (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
+    if no := dict.fromkeys(f'{c["id"]} {c["start"]}' for c in missing(name, ids, out, model) if not _start_there(c)): print(f'not trained yet: {", ".join(no)} (aoe_run starts); what needs them is left out')
+    def todo(): return [c for c in missing(name, ids, out, model) if _start_there(c) and (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
     while cs := todo():
         with tqdm(cs, unit='run') as bar:
             for c in bar:
@@ -316,7 +320,7 @@ def _run_all(name, ids, model, seeds, out, k, n):
                 run(c, out, redo=name == 'starts')
         if name != 'select': break # a search decides what comes next
     left = len(missing(name, ids, out, model))
-    print(f'{left} runs of {name} are left to other seeds or another part' if left else f'nothing is missing in {name}')
+    print(f'{left} runs of {name} are left: to other seeds, another part, or starts to come' if left else f'nothing is missing in {name}')
 
 def _listing(names, ids, out, model='resnet20'):
     "One line an experiment and set of inliers: done, missing, minutes left"
@@ -367,12 +371,25 @@ def verdict(
     sides = [(w*r.lo > 0 and w*r.hi > 0, w*r.lo < 0 and w*r.hi < 0) for (_,r),w in zip(rows.iterrows(), wants)]
     return 'holds' if all(a for a,_ in sides) else 'fails' if any(b for _,b in sides) else 'undecided'
 
-# %% ../nbs/11_poster.ipynb #669a4925
+# %% ../nbs/11_poster.ipynb #738aebc3
+def gains(
+    runs, # from `runs_of`
+    against=('plain','oe','oe_gaussian','oe_sign'), # of `methods`
+    method='aoe',
+    **where, # which rows, as `start_reports` takes them
+)->pd.DataFrame: # as `compare_reports`, with what it is a gain over as first level of the index; empty before there are results
+    "What `method` gains, paired over the starts that have both"
+    res,b = {},start_reports(runs, method, **where)
+    for o in against:
+        a = start_reports(runs, o, **where)
+        if both := [k for k in a if k in b]: res[o] = compare_reports([a[k] for k in both], [b[k] for k in both])
+    return pd.concat(res, names=['against']) if res else pd.DataFrame()
+
+# %% ../nbs/11_poster.ipynb #df4cec32
 def _paired(runs, other, **where):
     "AOE minus `other` over the five starts, or None before all are there"
-    a,b = (start_reports(runs, m, **where) for m in (other,'aoe'))
-    both = [k for k in a if k in b]
-    return compare_reports([a[k] for k in both], [b[k] for k in both]) if len(both) == 5 else None
+    df = gains(runs, [other], **where)
+    return df.loc[other] if len(df) and (df.n == 5).all() else None
 
 def _detects(runs, others):
     cs = [_paired(runs, o) for o in others]
