@@ -26,4 +26,5 @@ site: .venv/ready
 	$(BIN)python tests/website.py
 
 results: .venv/ready
-	for o in starts select grid hard; do $(BIN)aoe_run $$o || exit 1; done
+	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done
+	for o in starts select grid hard second; do $(BIN)aoe_run $$o || exit 1; done

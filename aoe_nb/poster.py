@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes',
-           'start_config', 'nesterov', 'tune_config', 'search_space', 'exposures', 'asked', 'view_of', 'fixed_subset',
-           'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog', 'measure_tuned',
-           'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict', 'gains', 'claims']
+           'start_config', 'nesterov', 'tune_config', 'experiments', 'search_space', 'exposures', 'asked', 'view_of',
+           'fixed_subset', 'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog',
+           'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict',
+           'gains', 'method_table', 'in_words', 'claims']
 
 # %% ../nbs/11_poster.ipynb #6ff442b4
 import json, re, numpy as np, pandas as pd, torch
@@ -172,7 +173,7 @@ def _attacked(learn, s_in, sets, name, attack, eps, sides, n_in, n_out):
     outs = {on: {k: learn.ood_scores(o, attack=attack if on else None) for k,o in b.items()} for on in {s in ('ood','both') for s in sides}}
     return [_row(k, o.group, 'energy', name, s, eps, ins[s in ('id','both')], outs[s in ('ood','both')][k]) for s in sides for k,o in sets.items()]
 
-# %% ../nbs/11_poster.ipynb #4c44ea66
+# %% ../nbs/11_poster.ipynb #564ac1d0
 def measure_tuned(
     learn, # from `tune`
     config, # its config
@@ -214,7 +215,8 @@ def _tuned(config, path):
         if 'NaN' not in str(e): raise
         return dict(failed=str(e), id_acc=0., ood=[_row(k, o.group, 'energy', 'none', 'none', 0, [1.], [0.]) for k,o in view_of(config['view'], config['id'])[1].items()])
 
-for o in 'select','grid','hard': kinds[o] = Kind(tune_config, _check_tune, _tuned)
+experiments = ['starts','select','grid','hard','second']
+for o in experiments[1:]: kinds[o] = Kind(tune_config, _check_tune, _tuned)
 
 # %% ../nbs/11_poster.ipynb #7cccd76a
 search_space = dict(bn=['inliers','frozen','mixed','separate','aux'], sigma=[1,3,7,20], eps_255=[4,8,16], lr=[3e-4,1e-3,3e-3], lam=[.25,.5,1], loss=['uniform','margin'])
@@ -244,14 +246,14 @@ def search(
         best[k] = max(vs, key=lambda v: _value([done(c) for c in cs[v]], floor))
     return best
 
-# %% ../nbs/11_poster.ipynb #0ecf00d1
+# %% ../nbs/11_poster.ipynb #704cd8b0
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
     return f
 
 def cells(
-    name, # starts, select, grid or hard
+    name, # of `experiments`
     ids, # inliers
     out='results', # folder of results
     model='resnet20', # or 'wrn40_2', with the settings that the search found for the ResNet-20
@@ -262,6 +264,7 @@ def cells(
     if name == 'select': return [c for o in found.values() if isinstance(o, list) for c in o]
     def cell(i, **kw): return _trial(i, **found[i], **kw, experiment=name, steps=195, view='table', model=model)
     found = {i: o for i,o in found.items() if isinstance(o, dict)}
+    if name == 'second': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='none', outliers=f'gan-tiny-{i}-s1') for i in found for m in exposures]
     if name == 'hard': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='hard') for i in found for m in ('plain', *exposures)]
     return [cell(i, method=m, start=s, seed=seed, attacks='none' if seed else 'all') for i in found for s in starts_of(i, model) for seed in (0,1) for m in ('plain', *exposures)]
 
@@ -270,12 +273,12 @@ def missing(name, ids, out='results', model='resnet20'):
     def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_file(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
     return [c for c in cells(name, ids, out, model) if not there(c)]
 
-# %% ../nbs/11_poster.ipynb #3e490ff4
-_what = 'Experiment: starts, select, grid, or hard (Square and PGD-50 on one start)'
+# %% ../nbs/11_poster.ipynb #77a4337b
+_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), or second (another generator, on one start)'
 try: from fastcore.script import Param; _Name = Param(_what, str, opt=False, nargs='?')
 except ImportError: from typing import Annotated; _Name = Annotated[str, _what, dict(opt=False, nargs='?')] # fastcore 2
 
-# %% ../nbs/11_poster.ipynb #23d5a7d0
+# %% ../nbs/11_poster.ipynb #37d4bd91
 @call_parse
 def aoe_run(
     name:_Name='',
@@ -288,13 +291,12 @@ def aoe_run(
     list:store_true=False, # Show what is done and what is missing, and run nothing
 ):
     "Run an experiment's missing cells; stop it and start it again as you like"
-    names = ['starts','select','grid','hard']
     try:
         ids = ids.split(',')
         if bad := [o for o in ids if o not in starts]: raise ValueError(f'unknown inliers {bad[0]!r}: choose from {", ".join(starts)}')
         if model not in networks: raise ValueError(f'unknown model {model!r}: choose from {", ".join(networks)}')
-        if list: return print(_listing(names, ids, out, model))
-        if name not in names: raise ValueError(f'unknown experiment {name!r}: choose from {", ".join(names)}')
+        if list: return print(_listing(ids, out, model))
+        if name not in experiments: raise ValueError(f'unknown experiment {name!r}: choose from {", ".join(experiments)}')
         k,n = map(int, part.split('/')) if re.fullmatch(r'\d+/\d+', part) else (1,0)
         if not 1 <= k <= n: raise ValueError(f'part must be like 1/2, not {part}')
         if device not in ('','cpu','cuda'): raise ValueError(f'device must be cpu or cuda, not {device!r}')
@@ -303,16 +305,20 @@ def aoe_run(
     except (ValueError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_run: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')
 
-# %% ../nbs/11_poster.ipynb #a3747b8e
-def _start_there(c): return c['experiment'] == 'starts' or bool(start_sha(c['id'], c['start'], c['model']))
+# %% ../nbs/11_poster.ipynb #82d15526
+def _lacks(c):
+    "The command that makes what this cell needs, '' if all is there"
+    if c['experiment'] == 'starts': return ''
+    if not start_sha(c['id'], c['start'], c['model']): return f'aoe_run starts --ids {c["id"]}'
+    return '' if weights_sha(f'{c["outliers"]}.pt') else f'aoe_generate --data {c["id"]} --seed {c["outliers"][-1]}'
 
 def _run_all(name, ids, model, seeds, out, k, n):
     "Cells until there are none, the bar shows the time left"
     keep_memory()
     waits = [i for i in ids if isinstance(search(i, done_in(out)), list)]
-    if name in ('grid','hard') and waits: print(f'the search for {", ".join(waits)} is not over (aoe_run select), so its {name} has no cells yet')
-    if no := dict.fromkeys(f'{c["id"]} {c["start"]}' for c in missing(name, ids, out, model) if not _start_there(c)): print(f'not trained yet: {", ".join(no)} (aoe_run starts); what needs them is left out')
-    def todo(): return [c for c in missing(name, ids, out, model) if _start_there(c) and (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
+    if name not in ('starts','select') and waits: print(f'the search for {", ".join(waits)} is not over (aoe_run select), so its {name} has no cells yet')
+    if no := {o for c in missing(name, ids, out, model) if (o := _lacks(c))}: print(f'some runs are left out until this has been done: {"; ".join(sorted(no))}')
+    def todo(): return [c for c in missing(name, ids, out, model) if not _lacks(c) and (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
     while cs := todo():
         with tqdm(cs, unit='run') as bar:
             for c in bar:
@@ -320,25 +326,25 @@ def _run_all(name, ids, model, seeds, out, k, n):
                 run(c, out, redo=name == 'starts')
         if name != 'select': break # a search decides what comes next
     left = len(missing(name, ids, out, model))
-    print(f'{left} runs of {name} are left: to other seeds, another part, or starts to come' if left else f'nothing is missing in {name}')
+    print(f'{left} runs of {name} are left: to other seeds, another part, or what is not trained yet' if left else f'nothing is missing in {name}')
 
-def _listing(names, ids, out, model='resnet20'):
+def _listing(ids, out, model='resnet20'):
     "One line an experiment and set of inliers: done, missing, minutes left"
     rows = []
-    for name in names:
+    for name in experiments:
         for i in ids:
             cs = cells(name, [i], out, model); done = [o for c in cs if (o := done_in(out)(c))]
             if name == 'select': left = f'{len(cs)} in this step of the search' if cs else ('over' if isinstance(search(i, done_in(out)), dict) else '')
-            elif name in ('grid','hard') and not cs: left = 'waits for the search'
+            elif not cs: left = 'waits for the search'
             else: left = f'{len(cs)-len(done)} missing' + (f', about {np.mean([o["seconds"] for o in done])*(len(cs)-len(done))/60:.0f} minutes' if done and len(done) < len(cs) else '')
             rows.append(f'{name:8}{i:10}{len(done):4} done  {left}')
     return '\n'.join(rows)
 
-# %% ../nbs/11_poster.ipynb #9922baa0
+# %% ../nbs/11_poster.ipynb #a22cac6d
 def runs_of(
     id, # 'cifar10' or 'cifar100'
     source='results', # folder of results
-    name='grid', # or 'hard'
+    name='grid', # or 'hard', 'second'
     model='resnet20',
 )->list: # of results
     "The results of the cells that belong to the grid, and no others that lie beside them"
@@ -384,6 +390,23 @@ def gains(
         a = start_reports(runs, o, **where)
         if both := [k for k in a if k in b]: res[o] = compare_reports([a[k] for k in both], [b[k] for k in both])
     return pd.concat(res, names=['against']) if res else pd.DataFrame()
+
+# %% ../nbs/11_poster.ipynb #1a8eb1fd
+def method_table(
+    runs, # from `runs_of`
+    metric='AUROC',
+    **where, # which rows, as `start_reports` takes them
+)->pd.DataFrame: # percent, one row a method, one column a set or mean
+    "Means over starts"
+    rows = {m: pd.concat([o[metric] for o in r.values()], axis=1).mean(axis=1) for m in ('plain', *exposures) if (r := start_reports(runs, m, **where))}
+    return 100*pd.DataFrame(rows).T
+
+def in_words(
+    row, # of `gains`
+)->str:
+    "A difference in points, its interval, n, and the smallest difference that so many starts would have shown four times in five"
+    if row.n < 2: return f'{100*row["diff"]:+.2f} points, n = 1 start, no interval'
+    return f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}] points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
 
 # %% ../nbs/11_poster.ipynb #df4cec32
 def _paired(runs, other, **where):
