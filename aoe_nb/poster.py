@@ -305,7 +305,7 @@ def aoe_run(
     except (ValueError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_run: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')
 
-# %% ../nbs/11_poster.ipynb #82d15526
+# %% ../nbs/11_poster.ipynb #8f04726f
 def _lacks(c):
     "The command that makes what this cell needs, '' if all is there"
     if c['experiment'] == 'starts': return ''
@@ -331,10 +331,11 @@ def _run_all(name, ids, model, seeds, out, k, n):
 def _listing(ids, out, model='resnet20'):
     "One line an experiment and set of inliers: done, missing, minutes left"
     rows = []
+    def tried(i): seen = {}; search(i, lambda c: seen.setdefault(config_hash(c), done_in(out)(c))); return [o for o in seen.values() if o]
     for name in experiments:
         for i in ids:
             cs = cells(name, [i], out, model); done = [o for c in cs if (o := done_in(out)(c))]
-            if name == 'select': left = f'{len(cs)} in this step of the search' if cs else ('over' if isinstance(search(i, done_in(out)), dict) else '')
+            if name == 'select': done,left = tried(i),f'{len(cs)} missing in this step of the search' if cs else 'over'
             elif not cs: left = 'waits for the search'
             else: left = f'{len(cs)-len(done)} missing' + (f', about {np.mean([o["seconds"] for o in done])*(len(cs)-len(done))/60:.0f} minutes' if done and len(done) < len(cs) else '')
             rows.append(f'{name:8}{i:10}{len(done):4} done  {left}')
