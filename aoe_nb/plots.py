@@ -54,7 +54,7 @@ def plot_roc(
     ax.axhline(.95, color='.6', ls=':', lw=1); ax.set(xlabel='inliers flagged', ylabel='outliers detected')
     return _legend(ax, title='AUROC', title_fontsize=8, loc='lower right')
 
-# %% ../nbs/08_plots.ipynb #aa71ee67
+# %% ../nbs/08_plots.ipynb #2ee65bee
 def plot_robustness(
     df:pd.DataFrame, # eps_255, a metric, and what to compare; as from `learn.robustness_curve`, one or many
     metric='AUROC',
@@ -70,7 +70,9 @@ def plot_robustness(
     if f'{metric}_lo' in df:
         for _,o in df.groupby(by, sort=False): ax.fill_between(o.eps_255, o[f'{metric}_lo'].astype(float), o[f'{metric}_hi'].astype(float), color='.5', alpha=.18, lw=0)
     ticks = sorted(df.eps_255.unique())
-    ax.set_xscale('symlog', linthresh=max([t for t in ticks if t > 0][:1], default=1)); ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+    first = max([t for t in ticks if t > 0][:1], default=1)
+    ax.set_xscale('symlog', linthresh=first); ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.xaxis.set_minor_locator(plt.NullLocator())
+    if ticks[0] == 0: ax.set_xlim(left=-.2*first)
     ax.axhline(.5, color='.6', ls=':', lw=1); ax.set_xlabel('eps (/255)')
     return _legend(ax)
 
@@ -99,7 +101,7 @@ def plot_reliability(
     ax.set(xlim=(0,1.02), ylim=(0,1.02)); ax.set_title(f'ECE {ece:.3f}', fontsize=10)
     return ax
 
-# %% ../nbs/08_plots.ipynb #fe78f1ba
+# %% ../nbs/08_plots.ipynb #517e4fc1
 def plot_gains(
     df:pd.DataFrame, # from `compare_reports`, or several of them with a column `against`
     metric='AUROC',
@@ -112,7 +114,7 @@ def plot_gains(
     for i,((k,o),mark,c) in enumerate(zip(groups, _marks, _greys)):
         y = np.array([sets.index(n) for n in o.set]) + .56*(i - (len(groups)-1)/2)/len(groups)
         ax.hlines(y, 100*o.lo, 100*o.hi, color=c, lw=1); ax.plot(100*o['diff'], y, mark, color=c, mfc='w', ms=5, label=None if k is None else f'minus {k}')
-    ax.axvline(0, color='.6', ls=':', lw=1); ax.set_yticks(range(len(sets)), sets); ax.invert_yaxis(); ax.set_xlabel(f'points of {metric}')
+    ax.axvline(0, color='.6', ls=':', lw=1); ax.set_yticks(range(len(sets)), sets); ax.set_ylim(len(sets)-.5, -.5); ax.set_xlabel(f'points of {metric}')
     return _legend(ax)
 
 # %% ../nbs/08_plots.ipynb #1831163f

@@ -409,7 +409,7 @@ def in_words(
     if row.n < 2: return f'{100*row["diff"]:+.2f} points, n = 1 start, no interval'
     return f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}] points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
 
-# %% ../nbs/11_poster.ipynb #df4cec32
+# %% ../nbs/11_poster.ipynb #4d9f59b6
 def _paired(runs, other, **where):
     "AOE minus `other` over the five starts, or None before all are there"
     df = gains(runs, [other], **where)
@@ -437,6 +437,11 @@ def _accurate(runs, margin=.003):
     c = _paired(runs, 'oe')
     return None if c is None else verdict(c.loc[[('inliers','accuracy')]] + margin, [1])
 
+def _so_far(runs):
+    "What is there before a verdict"
+    df = gains(runs, ['oe']); n = int(df.n.max()) if len(df) else 0
+    return 'not all runs are there yet' if n == 5 else f'{n} of 5 starts so far' if n else 'not measured yet'
+
 def claims(
     source='results', # folder of results
     runs=None, # {(id, 'grid' or 'hard'): results}; default: those in `source`
@@ -445,7 +450,7 @@ def claims(
     runs = runs or {(i,k): runs_of(i, source, k) for i in starts for k in ('grid','hard')}
     tests = dict(P1=('AOE detects outliers better than OE', lambda g,h: _detects(g, ['oe'])), P2=('... and better than OE with noise of the same size', lambda g,h: _detects(g, ['oe_gaussian','oe_sign'])),
         P3=('AOE is more robust to attacks on the energy, at every eps', _robust), P4=('AOE keeps ID accuracy, within 0.3 points of OE', lambda g,h: _accurate(g)))
-    def said(f): return ', '.join(f'{k}: {f(runs[i,"grid"], runs[i,"hard"]) or "not measured yet"}' for i,k in dict(cifar10='CIFAR-10', cifar100='CIFAR-100').items())
+    def said(f): return ', '.join(f'{k}: {f(runs[i,"grid"], runs[i,"hard"]) or _so_far(runs[i,"grid"])}' for i,k in dict(cifar10='CIFAR-10', cifar100='CIFAR-100').items())
     rows = {k: (c, said(f)) for k,(c,f) in tests.items()} | dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
         P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','not measured yet, a first look on digits'),
         Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open'))

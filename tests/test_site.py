@@ -141,7 +141,7 @@ def test_no_page_is_wider_than_its_window(browse, site, pages):
     dom,console = browse('frames.htm', '--dump-dom')
     assert json.loads(html.unescape(re.search('<pre>(.*?)</pre>', dom, re.S)[1])) == [] and not console
 
-@pytest.mark.parametrize('page', ['index.html','exposure.html','evaluation.html'])
+@pytest.mark.parametrize('page', ['index.html','exposure.html','evaluation.html','experiments/p1.html'])
 @pytest.mark.parametrize('look,args', [('desktop',['--window-size=1280,900']), ('phone',['--window-size=390,844']), ('dark',['--window-size=1280,900','--blink-settings=preferredColorScheme=0'])], ids=lambda o: o if isinstance(o, str) else '')
 def test_a_browser_shows_it(browse, page, look, args, tmp_path):
     "AOE_SHOTS=folder keeps the screenshots"
