@@ -289,7 +289,7 @@ def random_sign(
     sign = 2*torch.randint(0, 2, xo.shape, generator=generator, device=xo.device).to(xo.dtype) - 1
     return (xo + eps*sign).clamp(lo, hi).as_subclass(type(x))
 
-# %% ../nbs/02_attack.ipynb #14bf15ca
+# %% ../nbs/02_attack.ipynb #917e15ce
 def check_eps(eps, norm='linf'):
     "Refuse an `eps` that is negative, NaN or, in L-inf, above 1 when it is chosen, not in the middle of a run"
     e = torch.as_tensor(eps)
@@ -301,8 +301,11 @@ class FGSM:
     "`fgsm` with its settings"
     eps:float # step per pixel of a [0,1] image
     norm:str='linf'
+    vary:bool=False # a step of its own for each image, uniform in [0, eps]
     def __post_init__(self): check_eps(self.eps, self.norm)
-    def __call__(self, x, loss, generator=None, lo=0., hi=1.): return fgsm(x, loss, **vars(self), lo=lo, hi=hi)
+    def __call__(self, x, loss, generator=None, lo=0., hi=1.):
+        share = torch.rand(len(x), *[1]*(x.ndim-1), generator=generator, dtype=x.dtype, device=x.device) if self.vary else 1.
+        return fgsm(x, loss, self.eps*share, lo, hi, self.norm)
 
 @dataclass
 class PGD:

@@ -25,16 +25,19 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from tqdm import tqdm
 
-# %% ../nbs/07_experiment.ipynb #daa6beeb
+# %% ../nbs/07_experiment.ipynb #a55f6152
 methods = dict(
     plain = lambda eps: dict(lam=0.),
     oe = lambda eps: dict(attack=None),
     oe_gaussian = lambda eps: dict(attack=Gaussian(eps)),
     oe_sign = lambda eps: dict(attack=RandomSign(eps)),
-    aoe = lambda eps: dict(attack=FGSM(eps)))
+    aoe = lambda eps: dict(attack=FGSM(eps)),
+    aoe_rs = lambda eps: dict(attack=PGD(eps, 1, alpha=1.25*eps)), # one step from a random start (Wong et al. 2020)
+    aoe_vary = lambda eps: dict(attack=FGSM(eps, vary=True)),
+    aoe_pgd = lambda eps: dict(attack=PGD(eps, 5)))
 
 def exposure_of(
-    method:str, # plain, oe, oe_gaussian, oe_sign or aoe
+    method:str, # of `methods`
     eps:float, # size of the step or noise, in pixels of a [0,1] image
 )->dict: # arguments for `OutlierExposure`
     "What `method` does with the outliers"

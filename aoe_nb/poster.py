@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes',
-           'start_config', 'nesterov', 'tune_config', 'experiments', 'search_space', 'exposures', 'asked', 'view_of',
-           'fixed_subset', 'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune', 'EnergyLog',
-           'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports', 'verdict',
-           'gains', 'method_table', 'in_words', 'claims']
+           'start_config', 'nesterov', 'tune_config', 'experiments', 'search_space', 'exposures', 'recipes', 'asked',
+           'view_of', 'fixed_subset', 'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune',
+           'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports',
+           'verdict', 'gains', 'method_table', 'in_words', 'claims']
 
 # %% ../nbs/11_poster.ipynb #6ff442b4
 import json, re, numpy as np, pandas as pd, torch
@@ -173,7 +173,7 @@ def _attacked(learn, s_in, sets, name, attack, eps, sides, n_in, n_out):
     outs = {on: {k: learn.ood_scores(o, attack=attack if on else None) for k,o in b.items()} for on in {s in ('ood','both') for s in sides}}
     return [_row(k, o.group, 'energy', name, s, eps, ins[s in ('id','both')], outs[s in ('ood','both')][k]) for s in sides for k,o in sets.items()]
 
-# %% ../nbs/11_poster.ipynb #564ac1d0
+# %% ../nbs/11_poster.ipynb #36489cfc
 def measure_tuned(
     learn, # from `tune`
     config, # its config
@@ -215,12 +215,13 @@ def _tuned(config, path):
         if 'NaN' not in str(e): raise
         return dict(failed=str(e), id_acc=0., ood=[_row(k, o.group, 'energy', 'none', 'none', 0, [1.], [0.]) for k,o in view_of(config['view'], config['id'])[1].items()])
 
-experiments = ['starts','select','grid','hard','second']
+experiments = ['starts','select','grid','hard','second','recipes']
 for o in experiments[1:]: kinds[o] = Kind(tune_config, _check_tune, _tuned)
 
-# %% ../nbs/11_poster.ipynb #07384799
+# %% ../nbs/11_poster.ipynb #80cddc6f
 search_space = dict(bn=['inliers','frozen','mixed','separate','aux'], sigma=[1,3,7,20], eps_255=[4,8,16,32], lr=[3e-4,1e-3,3e-3], lam=[.125,.25,.5,1], loss=['uniform','margin'])
 exposures = 'oe','oe_gaussian','oe_sign','aoe'
+recipes = [('oe',16),('oe_sign',16),('aoe',16),('aoe',8),('aoe_vary',16),('aoe_vary',32),('aoe_rs',16),('aoe_rs',8),('aoe_pgd',8),('aoe_pgd',4)] # other steps than one full one: method, eps in 1/255
 asked = dict(bn=('oe','aoe'), eps_255=('oe_gaussian','oe_sign','aoe')) # the other settings: all four
 
 def _trial(id, method, **kw):
@@ -246,7 +247,7 @@ def search(
         best[k] = max(vs, key=lambda v: _value([done(c) for c in cs[v]], floor))
     return best
 
-# %% ../nbs/11_poster.ipynb #704cd8b0
+# %% ../nbs/11_poster.ipynb #b52acf2f
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
@@ -262,8 +263,9 @@ def cells(
     if name == 'starts': return [start_config | dict(id=i, seed=int(s[1:]), model=model) for i in ids for s in starts_of(i, model) if s != 'published']
     found = {i: search(i, done_in(out)) for i in ids}
     if name == 'select': return [c for o in found.values() if isinstance(o, list) for c in o]
-    def cell(i, **kw): return _trial(i, **found[i], **kw, experiment=name, steps=195, view='table', model=model)
     found = {i: o for i,o in found.items() if isinstance(o, dict)}
+    if name == 'recipes': return [_trial(i, m, **found[i] | dict(eps_255=e, experiment=name, attacks='all')) for i in found for m,e in recipes]
+    def cell(i, **kw): return _trial(i, **found[i], **kw, experiment=name, steps=195, view='table', model=model)
     if name == 'second': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='none', outliers=f'gan-tiny-{i}-s1') for i in found for m in exposures]
     if name == 'hard': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='hard') for i in found for m in ('plain', *exposures)]
     return [cell(i, method=m, start=s, seed=seed, attacks='none' if seed else 'all') for i in found for s in starts_of(i, model) for seed in (0,1) for m in ('plain', *exposures)]
@@ -273,8 +275,8 @@ def missing(name, ids, out='results', model='resnet20'):
     def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_file(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
     return [c for c in cells(name, ids, out, model) if not there(c)]
 
-# %% ../nbs/11_poster.ipynb #77a4337b
-_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), or second (another generator, on one start)'
+# %% ../nbs/11_poster.ipynb #80e77150
+_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start), or recipes (other steps, on the images of the search)'
 try: from fastcore.script import Param; _Name = Param(_what, str, opt=False, nargs='?')
 except ImportError: from typing import Annotated; _Name = Annotated[str, _what, dict(opt=False, nargs='?')] # fastcore 2
 
