@@ -411,7 +411,7 @@ def in_words(
     if row.n < 2: return f'{100*row["diff"]:+.2f} points, n = 1 start, no interval'
     return f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}] points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
 
-# %% ../nbs/11_poster.ipynb #4d9f59b6
+# %% ../nbs/11_poster.ipynb #be8265cd
 def _paired(runs, other, **where):
     "AOE minus `other` over the five starts, or None before all are there"
     df = gains(runs, [other], **where)
@@ -455,5 +455,5 @@ def claims(
     def said(f): return ', '.join(f'{k}: {f(runs[i,"grid"], runs[i,"hard"]) or _so_far(runs[i,"grid"])}' for i,k in dict(cifar10='CIFAR-10', cifar100='CIFAR-100').items())
     rows = {k: (c, said(f)) for k,(c,f) in tests.items()} | dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
         P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','not measured yet, a first look on digits'),
-        Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open'))
+        Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open, a first look on one start'))
     return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict'])
