@@ -22,54 +22,6 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage, no_random, to_device
 
-# %% ../nbs/03_exposure.ipynb #d339259b
-def _halves(m, x, n, total, f):
-    "The inliers, first in `x`, through the layer `m` as ever; the outliers through `f`"
-    if not torch.is_grad_enabled(): raise RuntimeError('activation checkpointing runs BatchNorm again when outliers and inliers can no longer be told apart: use bn="mixed", or checkpoint nothing with BatchNorm in it')
-    if len(x) % total: raise RuntimeError(f'a BatchNorm layer got {len(x)} rows for {total} images: cannot tell inliers from outliers, use bn="mixed"')
-    k = len(x)*n//total
-    return torch.cat([type(m).forward(m, x[:k]), f(x[k:], x[:k])])
-
-def _like_inliers(m, x, ref):
-    "`x` normalised with the batch statistics of `ref`, and the gradient flowing through these"
-    wide = ref if ref.dtype == torch.float64 else ref.float()
-    var,mean = torch.var_mean(wide, [d for d in range(ref.ndim) if d != 1], correction=0)
-    inv = (var+m.eps).rsqrt()
-    w,b = (torch.ones_like(mean),torch.zeros_like(mean)) if m.weight is None else (m.weight,m.bias)
-    scale,shift = w*inv/inv.detach(),b + w*inv*(mean.detach()-mean) # the values of w and b, with the gradients of the statistics
-    return F.batch_norm(x, mean.detach(), var.detach(), scale, shift, False, 0., m.eps)
-
-# %% ../nbs/03_exposure.ipynb #d734692b
-def _aux(m, aux):
-    "Running statistics of its own for the layer `m`, at first a copy of the layer's"
-    if m not in aux: aux[m] = m.running_mean.clone(),m.running_var.clone()
-    return aux[m]
-
-def _bn_inliers (m, x, n, total, aux): return _halves(m, x, n, total, partial(_like_inliers, m))
-def _bn_separate(m, x, n, total, aux): return _halves(m, x, n, total, lambda x,_: F.batch_norm(x, None, None, m.weight, m.bias, True, 0., m.eps))
-def _bn_aux     (m, x, n, total, aux): return _halves(m, x, n, total, lambda x,_: F.batch_norm(x, *_aux(m, aux), m.weight, m.bias, True, .1 if m.momentum is None else m.momentum, m.eps))
-def _bn_frozen  (m, x, n, total, aux): return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0., m.eps)
-_bn = dict(mixed=None, inliers=_bn_inliers, separate=_bn_separate, aux=_bn_aux, frozen=_bn_frozen)
-
-# %% ../nbs/03_exposure.ipynb #100aa8dc
-def _replace_once(model, f, total):
-    "BatchNorm's `forward` as `f(layer, x)` during the model's next pass, if that trains on `total` images; returns what calls it off"
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    own,forward = model.__dict__.get('forward'),model.forward
-    def off():
-        if own is None: model.__dict__.pop('forward', None)
-        else: model.forward = own
-    def once(*args, **kwargs):
-        off()
-        if not model.training or len(args[0]) != total: return forward(*args, **kwargs)
-        if not torch.is_grad_enabled(): raise RuntimeError('this pass keeps no graph: train with gradients enabled')
-        for m in layers: m.forward = partial(f, m)
-        try: return forward(*args, **kwargs)
-        finally:
-            for m in layers: m.__dict__.pop('forward', None)
-    model.forward = once
-    return off
-
 # %% ../nbs/03_exposure.ipynb #d4d32cef
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
 _losses = dict(uniform=_uniform, margin=energy_margin)
@@ -110,6 +62,21 @@ class OutlierExposure(Callback):
         self.attack,self.attack_in = _callable('attack', attack),_callable('attack_in', attack_in)
         self.bn,self.bn_forward,self.loss_out,self.score = bn,_choose('bn', bn, _bn),_choose('loss', loss, _losses),get_score(score)
         self.stream,self.gen,self.aux,self.off,self.before_lr_find = OutlierStream(outliers, seed),None,{},None,None
+
+# %% ../nbs/03_exposure.ipynb #24d6caa9
+@patch
+@delegates(OutlierExposure.__init__)
+def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
+    "Train on `outliers` too from now on (`OutlierExposure`), in place of any exposure before; returns the learner"
+    cb = OutlierExposure(outliers, lam, attack, **kwargs)
+    cb.stream.check(getattr(self.dls, 'vocab', None))
+    return self.unexpose().add_cb(cb)
+
+@patch
+def unexpose(self:Learner):
+    "Take `OutlierExposure` off again; returns the learner"
+    for cb in [o for o in self.cbs if isinstance(o, OutlierExposure) or o.name == 'outlier_exposure']: cb._undo(); self.remove_cb(cb)
+    return self
 
 # %% ../nbs/03_exposure.ipynb #5f0b3b80
 @patch
@@ -265,20 +232,55 @@ def __deepcopy__(self:OutlierExposure, memo):
     if self.stream: res.stream = OutlierStream(self.stream.given, self.seed)
     return res
 
-# %% ../nbs/03_exposure.ipynb #24d6caa9
-@patch
-@delegates(OutlierExposure.__init__)
-def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
-    "Train on `outliers` too from now on (`OutlierExposure`), in place of any exposure before; returns the learner"
-    cb = OutlierExposure(outliers, lam, attack, **kwargs)
-    cb.stream.check(getattr(self.dls, 'vocab', None))
-    return self.unexpose().add_cb(cb)
+# %% ../nbs/03_exposure.ipynb #9427e5f6
+def _halves(m, x, n, total, f):
+    "The inliers, first in `x`, through the layer `m` as ever; the outliers through `f`"
+    if len(x) % total: raise RuntimeError(f'a BatchNorm layer got {len(x)} rows for {total} images: cannot tell inliers from outliers, use bn="mixed"')
+    k = len(x)*n//total
+    return torch.cat([type(m).forward(m, x[:k]), f(x[k:], x[:k])])
 
-@patch
-def unexpose(self:Learner):
-    "Take `OutlierExposure` off again; returns the learner"
-    for cb in [o for o in self.cbs if isinstance(o, OutlierExposure) or o.name == 'outlier_exposure']: cb._undo(); self.remove_cb(cb)
-    return self
+def _like_inliers(m, x, ref):
+    "`x` normalised with the batch statistics of `ref`, and the gradient flowing through these"
+    wide = ref if ref.dtype == torch.float64 else ref.float()
+    var,mean = torch.var_mean(wide, [d for d in range(ref.ndim) if d != 1], correction=0)
+    inv = (var+m.eps).rsqrt()
+    w,b = (torch.ones_like(mean),torch.zeros_like(mean)) if m.weight is None else (m.weight,m.bias)
+    scale,shift = w*inv/inv.detach(),b + w*inv*(mean.detach()-mean) # the values of w and b, with the gradients of the statistics
+    return F.batch_norm(x, mean.detach(), var.detach(), scale, shift, False, 0., m.eps)
+
+# %% ../nbs/03_exposure.ipynb #d734692b
+def _aux(m, aux):
+    "Running statistics of its own for the layer `m`, at first a copy of the layer's"
+    if m not in aux: aux[m] = m.running_mean.clone(),m.running_var.clone()
+    return aux[m]
+
+def _bn_inliers (m, x, n, total, aux): return _halves(m, x, n, total, partial(_like_inliers, m))
+def _bn_separate(m, x, n, total, aux): return _halves(m, x, n, total, lambda x,_: F.batch_norm(x, None, None, m.weight, m.bias, True, 0., m.eps))
+def _bn_aux     (m, x, n, total, aux): return _halves(m, x, n, total, lambda x,_: F.batch_norm(x, *_aux(m, aux), m.weight, m.bias, True, .1 if m.momentum is None else m.momentum, m.eps))
+def _bn_frozen  (m, x, n, total, aux): return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0., m.eps)
+_bn = dict(mixed=None, inliers=_bn_inliers, separate=_bn_separate, aux=_bn_aux, frozen=_bn_frozen)
+
+# %% ../nbs/03_exposure.ipynb #28a69d3f
+def _replace_once(model, f, total):
+    "BatchNorm's `forward` as `f(layer, x)` during the model's next pass, if that trains on `total` images; returns what calls it off"
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    own,forward = model.__dict__.get('forward'),model.forward
+    def off():
+        if own is None: model.__dict__.pop('forward', None)
+        else: model.forward = own
+    def layer(m, x):
+        if not torch.is_grad_enabled(): raise RuntimeError('activation checkpointing runs BatchNorm again when outliers and inliers can no longer be told apart: use bn="mixed", or checkpoint nothing with BatchNorm in it')
+        return f(m, x)
+    def once(*args, **kwargs):
+        off()
+        if not model.training or len(args[0]) != total: return forward(*args, **kwargs)
+        if not torch.is_grad_enabled(): raise RuntimeError('this pass keeps no graph: train with gradients enabled')
+        for m in layers: m.forward = partial(layer, m)
+        try: return forward(*args, **kwargs)
+        finally:
+            for m in layers: m.__dict__.pop('forward', None)
+    model.forward = once
+    return off
 
 # %% ../nbs/03_exposure.ipynb #20274123
 def _first_batch(dl):
