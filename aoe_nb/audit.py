@@ -96,7 +96,7 @@ def normalisation_faults(
     m,s = x.mean((0,2,3)).abs().max().item(),x.std((0,2,3))
     return [f'inliers come out with mean up to {m:.2f} and sd {s.min():.2f} to {s.max():.2f}, not near 0 and 1: the constants belong to other data'] if m > .5 or s.min() < .5 or s.max() > 2 else []
 
-# %% ../nbs/10_audit.ipynb #310e07fd
+# %% ../nbs/10_audit.ipynb #75cd4023
 def audit(
     known:dict, # {'train': Images, 'test': Images}: the inliers
     exposed:Images=None, # outliers of training
@@ -114,7 +114,7 @@ def audit(
         d = duplicates(a, b, near, hashes)
         add('duplicates', a.name, b.name, f'{d["exact"]} exact, {d["near"]} near', 'fault' if d['exact'] or d['near'] else 'ok')
         same,words = _shared_names(a, b)
-        if same or words: add('class names', a.name, b.name, ', '.join((same or words)[:4]), 'fault' if same else 'warning')
+        if names := same or words: add('class names', a.name, b.name, f'{len(names)}: ' + ', '.join(names[:4]) + (' ...' if len(names) > 4 else ''), 'fault' if same else 'warning')
     lo,hi = _spans(ins[0])
     for o in outs:
         l,h = _spans(o); off = h < .5*hi or o.x.shape[1:] != ins[0].x.shape[1:]
