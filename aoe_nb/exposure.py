@@ -260,7 +260,7 @@ def _bn_aux     (m, x, n, total, aux): return _halves(m, x, n, total, lambda x,_
 def _bn_frozen  (m, x, n, total, aux): return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0., m.eps)
 _bn = dict(mixed=None, inliers=_bn_inliers, separate=_bn_separate, aux=_bn_aux, frozen=_bn_frozen)
 
-# %% ../nbs/03_exposure.ipynb #28a69d3f
+# %% ../nbs/03_exposure.ipynb #e9af0f27
 def _replace_once(model, f, total):
     "BatchNorm's `forward` as `f(layer, x)` during the model's next pass, if that trains on `total` images; returns what calls it off"
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
@@ -269,7 +269,7 @@ def _replace_once(model, f, total):
         if own is None: model.__dict__.pop('forward', None)
         else: model.forward = own
     def layer(m, x):
-        if not torch.is_grad_enabled(): raise RuntimeError('activation checkpointing runs BatchNorm again when outliers and inliers can no longer be told apart: use bn="mixed", or checkpoint nothing with BatchNorm in it')
+        if not torch.is_grad_enabled(): raise RuntimeError('a BatchNorm layer runs without gradients: under activation checkpointing it would run again when outliers and inliers can no longer be told apart. Use bn="mixed", checkpoint nothing with BatchNorm in it, or put a body without gradients in eval mode')
         return f(m, x)
     def once(*args, **kwargs):
         off()

@@ -6,8 +6,8 @@
 __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes',
            'start_config', 'nesterov', 'tune_config', 'experiments', 'search_space', 'exposures', 'recipes', 'asked',
            'view_of', 'fixed_subset', 'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune',
-           'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'start_reports',
-           'verdict', 'gains', 'method_table', 'in_words', 'claims']
+           'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'complete',
+           'start_reports', 'verdict', 'gains', 'method_table', 'in_words', 'claims']
 
 # %% ../nbs/11_poster.ipynb #6ff442b4
 import json, re, numpy as np, pandas as pd, torch
@@ -343,7 +343,7 @@ def _listing(ids, out, model='resnet20'):
             rows.append(f'{name:8}{i:10}{len(done):4} done  {left}')
     return '\n'.join(rows)
 
-# %% ../nbs/11_poster.ipynb #a22cac6d
+# %% ../nbs/11_poster.ipynb #8b884225
 def runs_of(
     id, # 'cifar10' or 'cifar100'
     source='results', # folder of results
@@ -352,6 +352,12 @@ def runs_of(
 )->list: # of results
     "The results of the cells that belong to the grid, and no others that lie beside them"
     return [r for c in cells(name, [id], source, model) if (r := done_in(source)(c)) and 'failed' not in r]
+
+def complete(
+    runs, # from `runs_of`
+)->list: # of results
+    "Those starts and seeds of which every method is there: the same for all that are compared"
+    return [r for r in runs if {'plain', *exposures} <= {q['method'] for q in runs if (q['start'],q['seed']) == (r['start'],r['seed'])}]
 
 def start_reports(
     runs, # from `runs_of`
@@ -380,7 +386,7 @@ def verdict(
     sides = [(w*r.lo > 0 and w*r.hi > 0, w*r.lo < 0 and w*r.hi < 0) for (_,r),w in zip(rows.iterrows(), wants)]
     return 'holds' if all(a for a,_ in sides) else 'fails' if any(b for _,b in sides) else 'undecided'
 
-# %% ../nbs/11_poster.ipynb #08962de1
+# %% ../nbs/11_poster.ipynb #3a9bf6ac
 def gains(
     runs, # from `runs_of`
     against=('plain','oe','oe_gaussian','oe_sign'), # of `methods`
@@ -393,19 +399,17 @@ def gains(
     for o in against:
         both = [r for r in runs if (r['start'],r['seed']) in cells_of(o) & cells_of(method)]
         a,b = (start_reports(both, m, **where) for m in (o,method))
-        if a and b: res[o] = compare_reports([*a.values()], [b[k] for k in a])
+        if ks := [k for k in a if k in b]: res[o] = compare_reports([a[k] for k in ks], [b[k] for k in ks])
     return pd.concat(res, names=['against']) if res else pd.DataFrame()
 
-# %% ../nbs/11_poster.ipynb #0fe8c1b4
+# %% ../nbs/11_poster.ipynb #1a8eb1fd
 def method_table(
     runs, # from `runs_of`
     metric='AUROC',
     **where, # which rows, as `start_reports` takes them
 )->pd.DataFrame: # percent, one row a method, one column a set or mean
-    "Means over the starts that all these methods have"
-    got = {m: r for m in ('plain', *exposures) if (r := start_reports(runs, m, **where))}
-    every = [s for s in next(iter(got.values()), []) if all(s in r for r in got.values())]
-    rows = {m: pd.concat([r[s][metric] for s in every], axis=1).mean(axis=1) for m,r in got.items() if every}
+    "Means over starts"
+    rows = {m: pd.concat([o[metric] for o in r.values()], axis=1).mean(axis=1) for m in ('plain', *exposures) if (r := start_reports(runs, m, **where))}
     return 100*pd.DataFrame(rows).T
 
 def in_words(
@@ -415,7 +419,7 @@ def in_words(
     if row.n < 2: return f'{100*row["diff"]:+.2f} points, n = 1 start, no interval'
     return f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}] points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
 
-# %% ../nbs/11_poster.ipynb #5366cfd2
+# %% ../nbs/11_poster.ipynb #a8306b7a
 def _paired(runs, other, **where):
     "AOE minus `other` over five starts and two seeds (attacks: the first seed), or None before all are there"
     df,n = gains(runs, [other], **where),5 if where else 10
@@ -454,6 +458,7 @@ def claims(
 )->pd.DataFrame: # one row a claim: claim, verdict
     "The poster's claims and what was found"
     runs = runs or {(i,k): runs_of(i, source, k) for i in starts for k in ('grid','hard')}
+    runs = {k: complete(o) if k[1] == 'grid' else o for k,o in runs.items()}
     tests = dict(P1=('AOE detects outliers better than OE', lambda g,h: _detects(g, ['oe'])), P2=('... and better than OE with noise of the same size', lambda g,h: _detects(g, ['oe_gaussian','oe_sign'])),
         P3=('AOE is more robust to attacks on the energy, at every eps', _robust), P4=('AOE keeps ID accuracy, within 0.3 points of OE', lambda g,h: _accurate(g)))
     def said(f): return ', '.join(f'{k}: {f(runs[i,"grid"], runs[i,"hard"]) or _so_far(runs[i,"grid"])}' for i,k in dict(cifar10='CIFAR-10', cifar100='CIFAR-100').items())
