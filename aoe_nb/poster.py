@@ -386,25 +386,23 @@ def verdict(
     sides = [(w*r.lo > 0 and w*r.hi > 0, w*r.lo < 0 and w*r.hi < 0) for (_,r),w in zip(rows.iterrows(), wants)]
     return 'holds' if all(a for a,_ in sides) else 'fails' if any(b for _,b in sides) else 'undecided'
 
-# %% ../nbs/11_poster.ipynb #3a9bf6ac
+# %% ../nbs/11_poster.ipynb #b6052d8c
 def gains(
-    runs, # from `runs_of`
+    runs, # from `complete`
     against=('plain','oe','oe_gaussian','oe_sign'), # of `methods`
     method='aoe',
     **where, # which rows, as `start_reports` takes them
 )->pd.DataFrame: # as `compare_reports`, with what it is a gain over as first level of the index; empty before there are results
-    "What `method` gains over the seeds that both have, paired over starts"
-    res = {}
-    def cells_of(m): return {(r['start'],r['seed']) for r in runs if r['method'] == m}
+    "What `method` gains, paired over the starts that have both"
+    res,b = {},start_reports(runs, method, **where)
     for o in against:
-        both = [r for r in runs if (r['start'],r['seed']) in cells_of(o) & cells_of(method)]
-        a,b = (start_reports(both, m, **where) for m in (o,method))
-        if ks := [k for k in a if k in b]: res[o] = compare_reports([a[k] for k in ks], [b[k] for k in ks])
+        a = start_reports(runs, o, **where)
+        if both := [k for k in a if k in b]: res[o] = compare_reports([a[k] for k in both], [b[k] for k in both])
     return pd.concat(res, names=['against']) if res else pd.DataFrame()
 
-# %% ../nbs/11_poster.ipynb #1a8eb1fd
+# %% ../nbs/11_poster.ipynb #122279ec
 def method_table(
-    runs, # from `runs_of`
+    runs, # from `complete`
     metric='AUROC',
     **where, # which rows, as `start_reports` takes them
 )->pd.DataFrame: # percent, one row a method, one column a set or mean
@@ -419,11 +417,11 @@ def in_words(
     if row.n < 2: return f'{100*row["diff"]:+.2f} points, n = 1 start, no interval'
     return f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}] points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
 
-# %% ../nbs/11_poster.ipynb #a8306b7a
+# %% ../nbs/11_poster.ipynb #adae91de
 def _paired(runs, other, **where):
     "AOE minus `other` over five starts and two seeds (attacks: the first seed), or None before all are there"
     df,n = gains(runs, [other], **where),5 if where else 10
-    return df.loc[other] if len(df) and (df.n == 5).all() and all(sum(r['method'] == m for r in runs) >= n for m in (other,'aoe')) else None
+    return df.loc[other] if len(df) and (df.n == 5).all() and sum(r['method'] == 'aoe' for r in runs) >= n else None
 
 def _detects(runs, others):
     cs = [_paired(runs, o) for o in others]
