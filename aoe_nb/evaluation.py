@@ -259,7 +259,7 @@ def _certainty(learn, source, bs, cache):
         return torch.stack([conf, (pred == y).float(), -logp.gather(1, y[:,None])[:,0]], 1)
     return _cached(learn, learn.dls.valid if source is None else source, lambda: f, 'certainty', bs, cache)
 
-# %% ../nbs/04_evaluation.ipynb #d692ff3b
+# %% ../nbs/04_evaluation.ipynb #21ffd2a3
 def calibration_bins(
     confidence, # largest probability of each image, in [0,1]
     correct, # whether its class was the right one
@@ -273,13 +273,13 @@ def calibration_bins(
 
 @patch
 def calibration(self:Learner, inliers=None, n_bins=15, bs=256, cache=None)->pd.DataFrame:
-    "`calibration_bins` of the validation set or of `inliers`"
+    "`calibration_bins` of the validation set, or of those inliers"
     o = _certainty(self, inliers, bs, cache)
     return calibration_bins(o[:,0], o[:,1], n_bins)
 
 @patch
 def id_report(self:Learner, inliers=None, bs=256, cache=None)->dict:
-    "Accuracy, expected calibration error (15 bins) and negative log-likelihood on the validation set or on `inliers`, and how many there were"
+    "Accuracy, expected calibration error (15 bins) and negative log-likelihood on the validation set or on those inliers, and how many there were"
     o = _certainty(self, inliers, bs, cache); b = calibration_bins(o[:,0], o[:,1])
     return dict(accuracy=o[:,1].double().mean().item(), ECE=float((b.n*(b.confidence-b.accuracy).abs()).sum()/b.n.sum()), NLL=o[:,2].double().mean().item(), n=len(o))
 
@@ -424,12 +424,12 @@ def _at(attack, eps):
     if not eps: return None
     return replace(attack, eps=eps) if is_dataclass(attack) and not isinstance(attack, type) else attack(eps)
 
-# %% ../nbs/04_evaluation.ipynb #d2229a98
+# %% ../nbs/04_evaluation.ipynb #435f8217
 @patch
 def robustness_curve(
     self:Learner,
     sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
-    eps=tuple(e/255 for e in (0,.5,1,2,4,8,16)), # sizes of the attack, 0: none
+    eps=None, # sizes of the attack in pixels of a [0,1] image, 0: none; default: 0, .5, 1, 2, 4, 8 and 16 /255
     attack=PGD, # class or function eps -> attack, or an attack whose eps is replaced
     score=energy, # name, function of logits, or `on_input`
     attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
@@ -441,7 +441,7 @@ def robustness_curve(
 )->pd.DataFrame: # one row an eps and set, and their means, `eps_255` in 1/255
     "Metrics against the size of the attack: one pass over the attacked images per eps, metrics from that pass alone"
     s_in,rows = None,[]
-    for e in eps:
+    for e in [o/255 for o in (0,.5,1,2,4,8,16)] if eps is None else eps:
         s,outs = _side_scores(self, sets, score, _at(attack, e), attacked, inliers, seed, bs, cache, s_in)
         if attacked == 'ood' or not e: s_in = s
         rows.append(_report(s, outs, n_boot, seed).reset_index().assign(eps_255=round(255*e, 6)))
@@ -453,16 +453,16 @@ def _flat(learn, source, score, bs):
     loss,dev = _loss(learn, score),next(learn.model.parameters()).device
     with eval_mode(learn.model): return torch.cat([no_gradient(x.to(dev), loss) for x in pixel_batches(source, bs)]).float().mean().item()
 
-# %% ../nbs/04_evaluation.ipynb #21c20fe8
+# %% ../nbs/04_evaluation.ipynb #b9bfbc7a
 @patch
 def masking_check(
     self:Learner,
     source, # outliers: `Images`, tensor or `DataLoader`
     score=energy, # name, function of logits, or `on_input`
-    eps=8/255, # where attacks are compared
+    eps=8/255, # where attacks are compared (8/255)
     steps:int=20, # of PGD
     n_queries:int=200, # of Square
-    large=64/255, # where PGD must leave nothing
+    large=64/255, # where PGD must leave nothing (64/255)
     tol=.01, # in AUROC, and share of images
     inliers=None, # default: the learner's validation set
     seed=0,

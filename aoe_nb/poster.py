@@ -419,7 +419,7 @@ def in_words(
     text = f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}]'
     return text if short else text + f' points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
 
-# %% ../nbs/11_poster.ipynb #55d0f3af
+# %% ../nbs/11_poster.ipynb #6f2ad08b
 def _paired(runs, other, **where):
     "AOE minus `other` over five starts and two seeds (attacks: the first seed), or None before all are there"
     df,n = gains(runs, [other], **where),5 if where else 10
@@ -455,7 +455,7 @@ def _so_far(runs):
 def _numbers(runs, claim):
     "What the verdict on `claim` rests on, or the most of it: points and their intervals"
     mean,fgsm,pgd = 'mean natural',*(dict(attack=a, attacked='ood', eps_255=1) for a in ('fgsm','pgd20'))
-    rows = dict(P1=[('AUROC','oe',mean,'AUROC',{}), ('FPR95_ID','oe',mean,'FPR95_ID',{})], P2=[(f'AUROC over {k[3:]}',k,mean,'AUROC',{}) for k in ('oe_gaussian','oe_sign')],
+    rows = dict(P1=[('AUROC','oe',mean,'AUROC',{}), ('FPR95_ID','oe',mean,'FPR95_ID',{})], P2=[(f'AUROC, {label}',k,mean,'AUROC',{}) for k,label in dict(oe_gaussian='Gaussian', oe_sign='signs').items()],
         P3=[('AUROC, FGSM 1/255','oe',mean,'AUROC',fgsm), ('PGD-20 1/255','oe',mean,'AUROC',pgd)], P4=[('accuracy','oe','inliers','accuracy',{})])[claim]
     return ', '.join(f'{label} {in_words(gains(runs, [k], **where).loc[(k,s,m)], short=True)}' for label,k,s,m,where in rows)
 
