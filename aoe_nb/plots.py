@@ -102,7 +102,7 @@ def plot_reliability(
     ax.set(xlim=(0,1.02), ylim=(0,1.02)); ax.set_title(f'ECE {ece:.3f}', fontsize=10)
     return ax
 
-# %% ../nbs/08_plots.ipynb #9a22ceca
+# %% ../nbs/08_plots.ipynb #b68535fb
 def plot_step(
     df:pd.DataFrame, # group, population, score; populations are `inliers` and those to compare, such as before and after
     ax=None,
@@ -117,7 +117,7 @@ def plot_step(
         for k,(p,mark) in enumerate(zip(others, 'ovsX')):
             if (g,p) not in q.index: continue
             x = j + .28*(k - (len(others)-1)/2); lo,mid,hi = q.loc[(g,p)]
-            ax.plot([x,x], [lo,hi], 'k-', lw=1.2); ax.plot(x, mid, mark, color='k', mfc='w', ms=5, label=p if not j else None)
+            ax.plot([x,x], [lo,hi], 'k-', lw=1.2); ax.plot(x, mid, mark, color='k', mfc='w', ms=5, label=p if g == next(o for o in groups if (o,p) in q.index) else None)
     ax.set_xticks(range(len(groups)), groups); ax.set_ylabel('energy')
     return _legend(ax)
 

@@ -400,7 +400,7 @@ def gains(
         if both := [k for k in a if k in b]: res[o] = compare_reports([a[k] for k in both], [b[k] for k in both])
     return pd.concat(res, names=['against']) if res else pd.DataFrame()
 
-# %% ../nbs/11_poster.ipynb #df69afc3
+# %% ../nbs/11_poster.ipynb #69affc44
 def method_table(
     runs, # from `complete`
     metric='AUROC',
@@ -412,14 +412,14 @@ def method_table(
 
 def in_words(
     row, # of `gains`
-    short=False, # the difference and its interval alone
+    short=False, # the difference and its interval alone, if it has one
 )->str:
     "A difference in points, its interval, n, and the smallest difference that so many starts would have shown four times in five"
-    if row.n < 2: return f'{100*row["diff"]:+.2f} points, n = 1 start, no interval'
+    if row.n < 2: return f'{100*row["diff"]:+.2f}, n = 1, no interval'
     text = f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}]'
-    return text if short else text + f' points, n = {row.n:.0f} starts (detectable: {100*row.detectable:.2f})'
+    return text if short else text + f', n = {row.n:.0f}, detectable {100*row.detectable:.2f}'
 
-# %% ../nbs/11_poster.ipynb #6f2ad08b
+# %% ../nbs/11_poster.ipynb #2d22d50d
 def _paired(runs, other, **where):
     "AOE minus `other` over five starts and two seeds (attacks: the first seed), or None before all are there"
     df,n = gains(runs, [other], **where),5 if where else 10
@@ -455,14 +455,14 @@ def _so_far(runs):
 def _numbers(runs, claim):
     "What the verdict on `claim` rests on, or the most of it: points and their intervals"
     mean,fgsm,pgd = 'mean natural',*(dict(attack=a, attacked='ood', eps_255=1) for a in ('fgsm','pgd20'))
-    rows = dict(P1=[('AUROC','oe',mean,'AUROC',{}), ('FPR95_ID','oe',mean,'FPR95_ID',{})], P2=[(f'AUROC, {label}',k,mean,'AUROC',{}) for k,label in dict(oe_gaussian='Gaussian', oe_sign='signs').items()],
-        P3=[('AUROC, FGSM 1/255','oe',mean,'AUROC',fgsm), ('PGD-20 1/255','oe',mean,'AUROC',pgd)], P4=[('accuracy','oe','inliers','accuracy',{})])[claim]
+    rows = dict(P1=[('AUROC','oe',mean,'AUROC',{}), ('FPR95_ID','oe',mean,'FPR95_ID',{})], P2=[('AUROC over Gaussian noise','oe_gaussian',mean,'AUROC',{}), ('over random signs','oe_sign',mean,'AUROC',{})],
+        P3=[('AUROC under FGSM 1/255','oe',mean,'AUROC',fgsm), ('PGD-20 1/255','oe',mean,'AUROC',pgd)], P4=[('accuracy','oe','inliers','accuracy',{})])[claim]
     return ', '.join(f'{label} {in_words(gains(runs, [k], **where).loc[(k,s,m)], short=True)}' for label,k,s,m,where in rows)
 
 def claims(
     source='results', # folder of results
     runs=None, # {(id, 'grid' or 'hard'): results}; default: those in `source`
-)->pd.DataFrame: # one row a claim: claim, verdict, and numbers, AOE minus the other in points
+)->pd.DataFrame: # one row a claim: claim, verdict, and the verdict on each set of inliers with its numbers, AOE minus the other in points
     "The poster's claims and what was found"
     runs = runs or {(i,k): runs_of(i, source, k) for i in starts for k in ('grid','hard')}
     runs = {k: complete(o) if k[1] == 'grid' else o for k,o in runs.items()}
@@ -471,8 +471,8 @@ def claims(
     names = dict(cifar10='CIFAR-10', cifar100='CIFAR-100')
     found = {k: {i: f(runs[i,'grid'], runs[i,'hard']) for i in names} for k,(_,f) in tests.items()}
     def said(k): return ', '.join(f'{n}: {found[k][i] or _so_far(runs[i,"grid"])}' for i,n in names.items())
-    def numbers(k): return '; '.join(f'{n}: {_numbers(runs[i,"grid"], k)}' for i,n in names.items() if found[k][i])
-    rows = {k: (c, said(k), numbers(k)) for k,(c,_) in tests.items()} | {k: (*o, '') for k,o in dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
+    def numbers(k): return [f'{found[k][i]}: {_numbers(runs[i,"grid"], k)}' if found[k][i] else _so_far(runs[i,'grid']) for i in names]
+    rows = {k: (c, said(k), *numbers(k)) for k,(c,_) in tests.items()} | {k: (*o, o[1], '') for k,o in dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
         P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','not measured yet, a first look on digits'),
         Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open, a first look on one start')).items()}
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict','numbers'])
+    return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict',*names.values()])
