@@ -29,12 +29,13 @@ def spread(o):
     return float(torch.stack([o.x[o.y == k].float().var(0).mean() for k in o.y.unique()]).mean().sqrt())
 
 def quality(data, net):
-    "One row for the test images, as what a perfect generator would score, and one a sigma"
+    "One row for the test images, as what a perfect generator would score, and one a sigma: features of `net`, classes and energies of the first start for `data`"
     train,test = inliers(data, 'train'),fixed_subset(inliers(data, 'test'), n)
     g,ref = load_generator(generator_path('tiny', data, folder=out.parent.parent/'weights')),seen(net, train)[0]
+    judge = load_start(data, starts[data][0])
     def row(o, **about):
-        f,z = seen(net, o)
-        right = float((z.argmax(1) == o.y).float().mean()) if data == 'cifar10' else None # the classifier knows these classes only
+        f,z = seen(net, o)[0],seen(judge, o)[1]
+        right = float((z.argmax(1) == o.y).float().mean())
         d,i = nearest(o.x[:n_near], train.x)
         return about | dict(frechet=frechet_distance(f, ref), class_consistency=right, spread=spread(o), nearest_pixel=float(d.mean()), nearest_pixel_min=float(d.min()), nearest_feature=float(nearest(f[:n_near], ref)[0].mean()),
             energy_percentiles=np.percentile(energy(z), range(0, 101, 5)).round(3).tolist())
@@ -65,7 +66,6 @@ if __name__ == '__main__':
     out.mkdir(parents=True, exist_ok=True); net = load_weights(resnet20(stats=imagenet_stats), 'resnet20')
     for data in sys.argv[1:] or ['cifar10','cifar100']:
         t = time.time()
-        record(f'quality-{data}', dict(data=data, generator=f'gan-tiny-{data}-s0', features='resnet20-12fca82f', n=n, n_nearest=n_near), t, 'generate', rows=quality(data, net))
+        record(f'quality-{data}', dict(data=data, generator=f'gan-tiny-{data}-s0', features='resnet20-12fca82f', classifier=starts[data][0], n=n, n_nearest=n_near), t, 'generate', rows=quality(data, net))
         t,start = time.time(),starts[data][0]
-        try: record(f'step-{data}', dict(data=data, classifier=start, generator=f'gan-tiny-{data}-s0', eps_255=8, n=500), t, 'generate', **step(data, load_start(data, start)))
-        except FileNotFoundError as e: print(e)
+        record(f'step-{data}', dict(data=data, classifier=start, generator=f'gan-tiny-{data}-s0', eps_255=8, n=500), t, 'generate', **step(data, load_start(data, start)))
