@@ -302,7 +302,7 @@ def _length(x):
     try: return len(x)
     except TypeError: return None
 
-# %% ../nbs/00_data.ipynb #b89ed331
+# %% ../nbs/00_data.ipynb #98df31e4
 class OutlierStream:
     "Endless outliers in [0,1] from `Images`, a tensor, a path, a name, a `DataLoader`, or a callable or object with `sample` that makes `n` of them"
     def __init__(self, source, seed=0):
@@ -311,6 +311,7 @@ class OutlierStream:
         self.given,self.own = source,getattr(source, 'vocab', None)
         if isinstance(source, Images) and source.y is not None and self.own is None: _no_labels((source.x, source.y), None)
         if isinstance(source, (np.ndarray,Tensor)) and source.ndim != 4: raise ValueError(f'outliers must have shape (N,C,H,W), these have {tuple(source.shape)}')
+        if isinstance(source, (list,tuple)) and source and isinstance(source[0], (str,Path)): raise TypeError('these outliers are a list of files: give their folder')
         x = source.x if isinstance(source, Images) else source
         if not callable(x) and _length(x) == 0: raise ValueError('the outlier source is empty: outlier exposure needs at least one image')
         if not hasattr(x, '__iter__'): x = getattr(x, 'sample', x)

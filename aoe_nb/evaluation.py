@@ -6,7 +6,7 @@
 __all__ = ['ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'labelled_batches', 'pixel_batches', 'on_input', 'log_msp',
            'calibration_bins', 'pytorch_ood_score', 'standard_attacks', 'transfer_matrix', 'compare_reports']
 
-# %% ../nbs/04_evaluation.ipynb #23d267a8
+# %% ../nbs/04_evaluation.ipynb #2072d807
 import hashlib, inspect, os, sys, warnings, numpy as np, pandas as pd, torch
 from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache, partial
@@ -16,7 +16,7 @@ from types import BuiltinFunctionType, FunctionType
 from scipy import stats
 from torch import Tensor, nn
 from fastcore.all import patch
-from .attack import APGD, FGSM, MIFGSM, PGD, Square, eval_mode, no_gradient
+from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no_gradient
 from .data import Images, Pixels, as_pixels, outliers
 from .energy import energy, get_score, msp
 from fastai.learner import Learner
@@ -93,12 +93,13 @@ def image_bootstrap(
     lo,hi = np.quantile(rb-ra, [.025,.975], axis=0)
     return pd.DataFrame(dict(a=ma, b=mb, diff=mb-ma, lo=lo, hi=hi), index=pd.Index(_names, name='metric'))
 
-# %% ../nbs/04_evaluation.ipynb #6240e060
+# %% ../nbs/04_evaluation.ipynb #5288a9ae
 def labelled_batches(
-    source, # `Images`, tensor (uint8 or in [0,1]), or `DataLoader`
+    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
     bs=256,
 ):
     "Batches of [0,1] images and their labels, None where there are none"
+    if isinstance(source, (str,Path)): source = outliers(source)
     if isinstance(source, (Images,Tensor,np.ndarray)):
         x,y = (source.x,source.y) if isinstance(source, Images) else (source,None)
         for i in range(0, len(x), bs): yield as_pixels(x[i:i+bs], 'the images'),None if y is None else y[i:i+bs]
@@ -215,11 +216,11 @@ def _cached(learn, source, f, about, bs, cache):
     os.replace(tmp, path)
     return res
 
-# %% ../nbs/04_evaluation.ipynb #5e841296
+# %% ../nbs/04_evaluation.ipynb #a616e11f
 @patch
 def ood_scores(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), or `DataLoader`
+    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
     score=energy, # name, function of logits (N,C) -> (N,), or `on_input`
     attack=None, # moves the images before they are scored, such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score (an outlier made to look familiar), -1: raises it (an inlier made to look strange)
@@ -228,7 +229,7 @@ def ood_scores(
     cache=None, # folder to keep scores in
 )->Tensor: # (N,) on the CPU
     "Scores of `source` under the learner's model, if asked for under attack on that very score"
-    f,loss = _of_pixels(self, score),_loss(self, score)
+    f,loss,attack = _of_pixels(self, score),_loss(self, score),check_attack(attack)
     def start():
         gen = torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
         def g(x, y):
@@ -283,7 +284,7 @@ def id_report(self:Learner, inliers=None, bs=256, cache=None)->dict:
     o = _certainty(self, inliers, bs, cache); b = calibration_bins(o[:,0], o[:,1])
     return dict(accuracy=o[:,1].double().mean().item(), ECE=float((b.n*(b.confidence-b.accuracy).abs()).sum()/b.n.sum()), NLL=o[:,2].double().mean().item(), n=len(o))
 
-# %% ../nbs/04_evaluation.ipynb #3c11e3a0
+# %% ../nbs/04_evaluation.ipynb #c04881cb
 _sides = dict(ood=(False,True), id=(True,False), both=(True,True))
 _means = dict(near=['near'], far=['far'], natural=['near','far',None])
 
@@ -308,6 +309,7 @@ def _size(source):
 
 def _side_scores(learn, sets, score, attack, attacked, inliers, seed, bs, cache, s_in=None):
     "Scores of inliers, unless they are given and stay as they are, and {name: (group, scores)} of the outliers"
+    if not isinstance(sets, dict): raise TypeError(f'sets must be a dict, such as {{"mine": folder}}, not a {type(sets).__name__}')
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
     if attacked not in _sides: raise ValueError(f'attacked must be one of {", ".join(_sides)}, not {attacked!r}')
     inliers = learn.dls.valid if inliers is None else inliers

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OutlierExposure', 'DeviceMixedPrecision']
 
-# %% ../nbs/03_exposure.ipynb #496b5b8f
+# %% ../nbs/03_exposure.ipynb #d8e0d17b
 import math, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from .attack import eval_mode
+from .attack import check_attack, eval_mode
 from .data import OutlierStream, Pixels
 from .energy import energy, energy_margin, get_score, uniform_ce
 from fastcore.all import L, delegates, patch
@@ -22,7 +22,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage, no_random, to_device
 
-# %% ../nbs/03_exposure.ipynb #d4d32cef
+# %% ../nbs/03_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
 _losses = dict(uniform=_uniform, margin=energy_margin)
 
@@ -38,11 +38,7 @@ def _number(name, value, lo, hi):
     if not lo <= v <= hi: raise ValueError(f'{name} must be a number from {lo:g} to {hi:g}, not {value}')
     return v
 
-def _callable(name, f):
-    if f is None or callable(f): return f
-    raise TypeError(f'{name} must be an attack such as FGSM(8/255), not {f!r}')
-
-# %% ../nbs/03_exposure.ipynb #14ef3421
+# %% ../nbs/03_exposure.ipynb #ff79b41c
 class OutlierExposure(Callback):
     "Outlier Exposure (Hendrycks et al. 2019), adversarial (Botschen et al. 2025) when given an attack"
     order,run_valid = 5,False # after MixUp, before GradientAccumulation
@@ -59,15 +55,15 @@ class OutlierExposure(Callback):
         seed:int=0, # of outliers, their transforms and attacks, which leave the global random state alone
     ):
         self.lam,self.frac,self.ratio,self.seed = _number('lam', lam, 0, 1e6),_number('frac', frac, 0, 1),_number('ratio', ratio, 1e-6, 1e6),seed
-        self.attack,self.attack_in = _callable('attack', attack),_callable('attack_in', attack_in)
+        self.attack,self.attack_in = check_attack(attack),check_attack(attack_in, 'attack_in')
         self.bn,self.bn_forward,self.loss_out,self.score = bn,_choose('bn', bn, _bn),_choose('loss', loss, _losses),get_score(score)
         self.stream,self.gen,self.aux,self.off,self.before_lr_find = OutlierStream(outliers, seed),None,{},None,None
 
-# %% ../nbs/03_exposure.ipynb #24d6caa9
+# %% ../nbs/03_exposure.ipynb #739eaded
 @patch
 @delegates(OutlierExposure.__init__)
 def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
-    "Train on `outliers` too from now on (`OutlierExposure`), in place of any exposure before; returns the learner"
+    "Train on outliers too from now on: plain OE, with an `attack` AOE (`OutlierExposure`), in place of any exposure before; returns the learner"
     cb = OutlierExposure(outliers, lam, attack, **kwargs)
     cb.stream.check(getattr(self.dls, 'vocab', None))
     return self.unexpose().add_cb(cb)

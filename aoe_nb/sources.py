@@ -98,14 +98,14 @@ def cached(
     write_whole(path, lambda f: np.savez(f, x=x, classes=np.array(classes or [], dtype=str), **({} if y is None else dict(y=np.asarray(y, dtype=np.int64)))))
     return x,y,classes
 
-# %% ../nbs/09_sources.ipynb #1d5fa687
+# %% ../nbs/09_sources.ipynb #40c768e0
 def read_folder(
     folder, # class/image files, at any depth; the class is the folder an image lies in
     size:int=None, # side to resize to; None: all images must have one size
 )->tuple: # images uint8 (N,C,H,W), labels, class names
     "All images below `folder`, ordered by the number in their name where there is one"
     files = get_image_files(folder)
-    if not files: raise ValueError(f'no images below {folder}')
+    if not files: raise ValueError(f'no images below {folder}: give a folder of .png, .jpg or other image files')
     def key(f): m = re.match(r'\d+', f.stem); return (int(m[0]) if m else -1, str(f))
     files = sorted(files, key=key)
     def one(f):
