@@ -7,7 +7,7 @@ __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'net
            'start_config', 'nesterov', 'tune_config', 'experiments', 'search_space', 'exposures', 'recipes', 'asked',
            'view_of', 'fixed_subset', 'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune',
            'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'complete',
-           'start_reports', 'verdict', 'gains', 'method_table', 'in_words', 'claims']
+           'start_reports', 'verdict', 'gains', 'method_table', 'in_words', 'claims', 'claim_line']
 
 # %% ../nbs/11_poster.ipynb #6ff442b4
 import json, re, numpy as np, pandas as pd, torch
@@ -420,7 +420,7 @@ def in_words(
     text = f'{100*row["diff"]:+.2f} [{100*row.lo:+.2f}, {100*row.hi:+.2f}]'
     return text if short else text + f', n = {row.n:.0f}, detectable {100*row.detectable:.2f}'
 
-# %% ../nbs/11_poster.ipynb #65e342a6
+# %% ../nbs/11_poster.ipynb #ab73a732
 def _paired(runs, other, **where):
     "AOE minus `other` over five starts and two seeds (attacks: the first seed), or None before all are there"
     df,n = gains(runs, [other], **where),5 if where else 10
@@ -451,7 +451,7 @@ def _accurate(runs, margin=.003):
 def _so_far(runs):
     "What is there before a verdict"
     df = gains(runs, ['oe']); n = int(df.n.max()) if len(df) else 0
-    return f'{n} of 5 starts so far' + ', not all of their runs'*(n == 5) if n else 'not measured yet'
+    return 'not measured yet' if not n else f'{n} of 5 starts so far' if n < 5 else 'some runs are missing'
 
 def _numbers(runs, claim):
     "What the verdict on `claim` rests on, or the most of it: points and their intervals"
@@ -463,7 +463,7 @@ def _numbers(runs, claim):
 def claims(
     source='results', # folder of results
     runs=None, # {(id, 'grid' or 'hard'): results}; default: those in `source`
-)->pd.DataFrame: # one row a claim: claim, verdict, and the verdict on each set of inliers with its numbers, AOE minus the other in points
+)->pd.DataFrame: # one row a claim: claim, verdict over both sets of inliers, and that on each with its numbers, AOE minus the other in points
     "The poster's claims and what was found"
     runs = runs or {(i,k): runs_of(i, source, k) for i in starts for k in ('grid','hard')}
     runs = {k: complete(o) if k[1] == 'grid' else o for k,o in runs.items()}
@@ -471,9 +471,17 @@ def claims(
         P3=('AOE is more robust to attacks on the energy, at every eps', _robust), P4=('AOE keeps ID accuracy, within 0.3 points of OE', lambda g,h: _accurate(g)))
     names = dict(cifar10='CIFAR-10', cifar100='CIFAR-100')
     found = {k: {i: f(runs[i,'grid'], runs[i,'hard']) for i in names} for k,(_,f) in tests.items()}
-    def said(k): return ', '.join(f'{n}: {found[k][i] or _so_far(runs[i,"grid"])}' for i,n in names.items())
+    def said(vs): return 'none yet' if None in vs else 'fails' if 'fails' in vs else 'holds' if set(vs) == {'holds'} else 'undecided'
     def numbers(k): return [f'{found[k][i]}: {_numbers(runs[i,"grid"], k)}' if found[k][i] else _so_far(runs[i,'grid']) for i in names]
-    rows = {k: (c, said(k), *numbers(k)) for k,(c,_) in tests.items()} | {k: (*o, o[1], '') for k,o in dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
+    rows = {k: (c, said(found[k].values()), *numbers(k)) for k,(c,_) in tests.items()} | {k: (*o, '', '') for k,o in dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
         P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','not measured yet, a first look on digits'),
         Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open, a first look on one start')).items()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict',*names.values()])
+
+def claim_line(
+    claim, # 'P1' to 'P4'
+    found, # from `claims`
+)->str: # Markdown
+    "The verdict on a claim, then on each set of inliers"
+    r = found.loc[claim]
+    return f'**{r.verdict}**. ' + '. '.join(f'{n} {r[n]}' for n in ('CIFAR-10','CIFAR-100'))
