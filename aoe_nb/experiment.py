@@ -25,7 +25,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from tqdm import tqdm
 
-# %% ../nbs/07_experiment.ipynb #a55f6152
+# %% ../nbs/07_experiment.ipynb #13deab06
 methods = dict(
     plain = lambda eps: dict(lam=0.),
     oe = lambda eps: dict(attack=None),
@@ -34,7 +34,9 @@ methods = dict(
     aoe = lambda eps: dict(attack=FGSM(eps)),
     aoe_rs = lambda eps: dict(attack=PGD(eps, 1, alpha=1.25*eps)), # one step from a random start (Wong et al. 2020)
     aoe_vary = lambda eps: dict(attack=FGSM(eps, vary=True)),
-    aoe_pgd = lambda eps: dict(attack=PGD(eps, 5)))
+    aoe_pgd = lambda eps: dict(attack=PGD(eps, 5)),
+    aoe_half = lambda eps: dict(attack=FGSM(eps), frac=.5), # the other half of the outliers as they are
+    aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5))
 
 def exposure_of(
     method:str, # of `methods`

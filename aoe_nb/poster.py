@@ -218,10 +218,11 @@ def _tuned(config, path):
 experiments = ['starts','select','grid','hard','second','recipes']
 for o in experiments[1:]: kinds[o] = Kind(tune_config, _check_tune, _tuned)
 
-# %% ../nbs/11_poster.ipynb #4245e995
+# %% ../nbs/11_poster.ipynb #991be746
 search_space = dict(bn=['inliers','frozen','mixed','separate','aux'], sigma=[1,3,7,20], eps_255=[4,8,16,32], lr=[3e-4,1e-3,3e-3], lam=[.125,.25,.5,1], loss=['uniform','margin'])
 exposures = 'oe','oe_gaussian','oe_sign','aoe'
-recipes = [('oe',16),('oe_sign',16),('aoe',16),('aoe',8),('aoe_vary',16),('aoe_vary',32),('aoe_rs',16),('aoe_rs',8),('aoe_pgd',8),('aoe_pgd',4)] # other steps than one full one: method, eps in 1/255
+recipes = [('oe',16),('oe_sign',16),('aoe',16),('aoe',8),('aoe_vary',16),('aoe_vary',32),('aoe_rs',16),('aoe_rs',8),('aoe_pgd',8),('aoe_pgd',4),
+    ('aoe_half',16),('aoe_half',8),('aoe_pgd_half',8),('aoe_pgd_half',4)] # other steps than one full one on all outliers: method, eps in 1/255
 asked = dict(bn=('oe','aoe'), eps_255=('oe_gaussian','oe_sign','aoe')) # the other settings: all four
 
 def _trial(id, method, **kw):
