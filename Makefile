@@ -27,4 +27,4 @@ site: .venv/ready
 
 results: .venv/ready
 	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done
-	for o in starts select grid hard second recipes; do $(BIN)aoe_run $$o || exit 1; done
+	for o in starts select grid hard second recipes best; do $(BIN)aoe_run $$o || exit 1; done

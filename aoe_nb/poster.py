@@ -6,8 +6,8 @@
 __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'networks', 'pixel_stats', 'n_classes',
            'start_config', 'nesterov', 'tune_config', 'experiments', 'search_space', 'exposures', 'recipes', 'asked',
            'view_of', 'fixed_subset', 'starts_of', 'weights_sha', 'load_start', 'start_sha', 'exposed_pool', 'tune',
-           'EnergyLog', 'measure_tuned', 'search', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of', 'complete',
-           'start_reports', 'verdict', 'gains', 'method_table', 'in_words', 'claims', 'claim_line']
+           'EnergyLog', 'measure_tuned', 'search', 'best_recipe', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of',
+           'complete', 'start_reports', 'verdict', 'gains', 'method_table', 'in_words', 'claims', 'claim_line']
 
 # %% ../nbs/11_poster.ipynb #6ff442b4
 import json, re, numpy as np, pandas as pd, torch
@@ -173,7 +173,7 @@ def _attacked(learn, s_in, sets, name, attack, eps, sides, n_in, n_out):
     outs = {on: {k: learn.ood_scores(o, attack=attack if on else None) for k,o in b.items()} for on in {s in ('ood','both') for s in sides}}
     return [_row(k, o.group, 'energy', name, s, eps, ins[s in ('id','both')], outs[s in ('ood','both')][k]) for s in sides for k,o in sets.items()]
 
-# %% ../nbs/11_poster.ipynb #36489cfc
+# %% ../nbs/11_poster.ipynb #94685188
 def measure_tuned(
     learn, # from `tune`
     config, # its config
@@ -215,10 +215,10 @@ def _tuned(config, path):
         if 'NaN' not in str(e): raise
         return dict(failed=str(e), id_acc=0., ood=[_row(k, o.group, 'energy', 'none', 'none', 0, [1.], [0.]) for k,o in view_of(config['view'], config['id'])[1].items()])
 
-experiments = ['starts','select','grid','hard','second','recipes']
+experiments = ['starts','select','grid','hard','second','recipes','best']
 for o in experiments[1:]: kinds[o] = Kind(tune_config, _check_tune, _tuned)
 
-# %% ../nbs/11_poster.ipynb #991be746
+# %% ../nbs/11_poster.ipynb #17b8c20c
 search_space = dict(bn=['inliers','frozen','mixed','separate','aux'], sigma=[1,3,7,20], eps_255=[4,8,16,32], lr=[3e-4,1e-3,3e-3], lam=[.125,.25,.5,1], loss=['uniform','margin'])
 exposures = 'oe','oe_gaussian','oe_sign','aoe'
 recipes = [('oe',16),('oe_sign',16),('aoe',16),('aoe',8),('aoe_vary',16),('aoe_vary',32),('aoe_rs',16),('aoe_rs',8),('aoe_pgd',8),('aoe_pgd',4),
@@ -229,10 +229,15 @@ def _trial(id, method, **kw):
     c = tune_config | dict(experiment='select', id=id, start=starts[id][0], seed=100, outliers=f'gan-tiny-{id}-s0', steps=98, view='select', attacks='none', method=method) | kw
     return c | dict(start_sha=start_sha(id, c['start'], c['model']), outliers_sha=weights_sha(f'{c["outliers"]}.pt'))
 
-def _value(rs, floor):
-    "What the search maximises: mean AUROC of the energy, or less than any other if mean accuracy fell below `floor`"
-    acc,auroc = (np.mean([f(r) for r in rs]) for f in (lambda r: r['id_acc'], lambda r: next(o['AUROC'] for o in r['ood'] if o['score'] == 'energy')))
-    return (bool(acc >= floor), float(auroc if acc >= floor else acc))
+def _auroc(r, attack='none', eps=0): "Of the energy on the images of the search"; return next(o['AUROC'] for o in r['ood'] if (o['score'],o['attack'],o['eps_255']) == ('energy',attack,eps))
+
+def _value(rs, floor, auroc=_auroc):
+    "What is maximised: mean AUROC, or less than any other if mean accuracy fell below `floor`"
+    acc,value = (np.mean([f(r) for r in rs]) for f in (lambda r: r['id_acc'], auroc))
+    return (bool(acc >= floor), float(value if acc >= floor else acc))
+
+def _plain(id): return [_trial(id, 'plain', bn=o) for o in ('inliers','frozen')]
+def _floor(id, done): "One point of accuracy below plain fine-tuning"; return max(done(c)['id_acc'] for c in _plain(id)) - .01
 
 def search(
     id, # 'cifar10' or 'cifar100'
@@ -240,16 +245,27 @@ def search(
     floored=('lam','loss'), # settings at which accuracy counts
 ):
     "The next trials that the search needs, as a list; or, when there are none, the settings it found, as a dict"
-    plain = [_trial(id, 'plain', bn=o) for o in ('inliers','frozen')]
-    if todo := [c for c in plain if done(c) is None]: return todo
-    floor,best = max(done(c)['id_acc'] for c in plain) - .01,{}
+    if todo := [c for c in _plain(id) if done(c) is None]: return todo
+    floor,best = _floor(id, done),{}
     for k,vs in search_space.items():
         cs = {v: [_trial(id, m, **best, **{k: v}) for m in asked.get(k, exposures)] for v in vs}
         if todo := [c for o in cs.values() for c in o if done(c) is None]: return todo
         best[k] = max(vs, key=lambda v: _value([done(c) for c in cs[v]], floor if k in floored else 0))
     return best
 
-# %% ../nbs/11_poster.ipynb #b52acf2f
+def _recipe(id, found, method, eps): return _trial(id, method, **found | dict(eps_255=eps, experiment='recipes', attacks='all'))
+
+def best_recipe(
+    id, # 'cifar10' or 'cifar100'
+    done, # config -> its result, or None if that is not there yet
+): # (method, eps in 1/255); None before all recipes were measured
+    "The recipe with the highest mean of the AUROCs clean and under PGD-20 at 1/255, among those at no more than one point of accuracy below plain fine-tuning"
+    if isinstance(found := search(id, done), list): return None
+    rs = {o: done(_recipe(id, found, *o)) for o in recipes}
+    if None in rs.values(): return None
+    return max(recipes, key=lambda o: _value([rs[o]], _floor(id, done), lambda r: (_auroc(r) + _auroc(r, 'pgd20', 1))/2))
+
+# %% ../nbs/11_poster.ipynb #523c511a
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
@@ -266,8 +282,9 @@ def cells(
     found = {i: search(i, done_in(out)) for i in ids}
     if name == 'select': return [c for o in found.values() if isinstance(o, list) for c in o]
     found = {i: o for i,o in found.items() if isinstance(o, dict)}
-    if name == 'recipes': return [_trial(i, m, **found[i] | dict(eps_255=e, experiment=name, attacks='all')) for i in found for m,e in recipes]
-    def cell(i, **kw): return _trial(i, **found[i], **kw, experiment=name, steps=195, view='table', model=model)
+    if name == 'recipes': return [_recipe(i, found[i], *o) for i in found for o in recipes]
+    def cell(i, **kw): return _trial(i, **found[i] | kw, experiment=name, steps=195, view='table', model=model)
+    if name == 'best': return [cell(i, method=o[0], eps_255=o[1], start=s, seed=0, attacks='all') for i in found if (o := best_recipe(i, done_in(out))) for s in starts_of(i, model)]
     if name == 'second': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='none', outliers=f'gan-tiny-{i}-s1') for i in found for m in exposures]
     if name == 'hard': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='hard') for i in found for m in ('plain', *exposures)]
     return [cell(i, method=m, start=s, seed=seed, attacks='none' if seed else 'all') for i in found for s in starts_of(i, model) for seed in (0,1) for m in ('plain', *exposures)]
@@ -277,8 +294,8 @@ def missing(name, ids, out='results', model='resnet20'):
     def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_file(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
     return [c for c in cells(name, ids, out, model) if not there(c)]
 
-# %% ../nbs/11_poster.ipynb #80e77150
-_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start), or recipes (other steps, on the images of the search)'
+# %% ../nbs/11_poster.ipynb #06550082
+_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start), recipes (other steps, on the images of the search) or best (the best of those, on five starts)'
 try: from fastcore.script import Param; _Name = Param(_what, str, opt=False, nargs='?')
 except ImportError: from typing import Annotated; _Name = Annotated[str, _what, dict(opt=False, nargs='?')] # fastcore 2
 
@@ -309,7 +326,7 @@ def aoe_run(
     except (ValueError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_run: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')
 
-# %% ../nbs/11_poster.ipynb #8f04726f
+# %% ../nbs/11_poster.ipynb #27b8f82f
 def _lacks(c):
     "The command that makes what this cell needs, '' if all is there"
     if c['experiment'] == 'starts': return ''
@@ -321,6 +338,7 @@ def _run_all(name, ids, model, seeds, out, k, n):
     keep_memory()
     waits = [i for i in ids if isinstance(search(i, done_in(out)), list)]
     if name not in ('starts','select') and waits: print(f'the search for {", ".join(waits)} is not over (aoe_run select), so its {name} has no cells yet')
+    if name == 'best' and (late := [i for i in ids if i not in waits and not cells(name, [i], out, model)]): print(f'the recipes for {", ".join(late)} are not all measured (aoe_run recipes), so none is the best yet')
     if no := {o for c in missing(name, ids, out, model) if (o := _lacks(c))}: print(f'some runs are left out until this has been done: {"; ".join(sorted(no))}')
     def todo(): return [c for c in missing(name, ids, out, model) if not _lacks(c) and (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k]
     while cs := todo():
@@ -340,16 +358,16 @@ def _listing(ids, out, model='resnet20'):
         for i in ids:
             cs = cells(name, [i], out, model); done = [o for c in cs if (o := done_in(out)(c))]
             if name == 'select': done,left = tried(i),f'{len(cs)} missing in this step of the search' if cs else 'over'
-            elif not cs: left = 'waits for the search'
+            elif not cs: left = 'waits for the recipes' if name == 'best' and not isinstance(search(i, done_in(out)), list) else 'waits for the search'
             else: left = f'{len(cs)-len(done)} missing' + (f', about {np.mean([o["seconds"] for o in done])*(len(cs)-len(done))/60:.0f} minutes' if done and len(done) < len(cs) else '')
             rows.append(f'{name:8}{i:10}{len(done):4} done  {left}')
     return '\n'.join(rows)
 
-# %% ../nbs/11_poster.ipynb #8b884225
+# %% ../nbs/11_poster.ipynb #3a5dcb40
 def runs_of(
     id, # 'cifar10' or 'cifar100'
     source='results', # folder of results
-    name='grid', # or 'hard', 'second'
+    name='grid', # or 'hard', 'second', 'best'
     model='resnet20',
 )->list: # of results
     "The results of the cells that belong to the grid, and no others that lie beside them"
