@@ -218,7 +218,7 @@ def _tuned(config, path):
 experiments = ['starts','select','grid','hard','second','recipes','best']
 for o in experiments[1:]: kinds[o] = Kind(tune_config, _check_tune, _tuned)
 
-# %% ../nbs/11_poster.ipynb #ad1c3e1b
+# %% ../nbs/11_poster.ipynb #10d1af2e
 search_space = dict(bn=['inliers','frozen','mixed','separate','aux'], sigma=[1,3,7,20], eps_255=[4,8,16,32], lr=[3e-4,1e-3,3e-3], lam=[.125,.25,.5,1], loss=['uniform','margin'])
 exposures = 'oe','oe_gaussian','oe_sign','aoe'
 recipes = [('oe',16),('oe_sign',16),('aoe',16),('aoe',8),('aoe_vary',16),('aoe_vary',32),('aoe_rs',16),('aoe_rs',8),('aoe_pgd',8),('aoe_pgd',4),
@@ -231,9 +231,9 @@ def _trial(id, method, **kw):
 
 def _auroc(r, attack='none', eps=0): "Of the energy on the images of the search"; return next(o['AUROC'] for o in r['ood'] if (o['score'],o['attack'],o['eps_255']) == ('energy',attack,eps))
 
-def _value(rs, floor, auroc=_auroc):
+def _value(rs, floor):
     "What is maximised: mean AUROC, or less than any other if mean accuracy fell below `floor`"
-    acc,value = (np.mean([f(r) for r in rs]) for f in (lambda r: r['id_acc'], auroc))
+    acc,value = (np.mean([f(r) for r in rs]) for f in (lambda r: r['id_acc'], _auroc))
     return (bool(acc >= floor), float(value if acc >= floor else acc))
 
 def _plain(id): return [_trial(id, 'plain', bn=o) for o in ('inliers','frozen')]
@@ -258,14 +258,20 @@ def _recipe(id, found, method, eps): return _trial(id, method, **found | dict(ep
 def best_recipe(
     id, # 'cifar10' or 'cifar100'
     done, # config -> its result, or None if that is not there yet
-): # (method, eps in 1/255); None before all recipes were measured
+): # (method, eps in 1/255); () if none keeps its accuracy, None before all recipes were measured
     "The AOE recipe that did not diverge with the highest mean of the AUROCs clean and under PGD-20 at 1/255, among those at no more than one point of accuracy below plain fine-tuning"
     if isinstance(found := search(id, done), list): return None
     rs = {o: done(_recipe(id, found, *o)) for o in recipes}
     if None in rs.values(): return None
-    return max((o for o in recipes if o[0].startswith('aoe') and 'failed' not in rs[o]), key=lambda o: _value([rs[o]], _floor(id, done), lambda r: (_auroc(r) + _auroc(r, 'pgd20', 1))/2))
+    kept = [o for o in recipes if o[0].startswith('aoe') and 'failed' not in rs[o] and rs[o]['id_acc'] >= _floor(id, done)]
+    return max(kept, key=lambda o: _auroc(rs[o]) + _auroc(rs[o], 'pgd20', 1), default=())
 
-# %% ../nbs/11_poster.ipynb #523c511a
+def _taken(id, done):
+    "The best recipe, or if none keeps its accuracy that of the other inliers; None before it is known"
+    own = {i: best_recipe(i, done) for i in starts}
+    return own[id] or next((o for o in own.values() if o and own[id] == ()), None)
+
+# %% ../nbs/11_poster.ipynb #598594da
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
@@ -284,7 +290,7 @@ def cells(
     found = {i: o for i,o in found.items() if isinstance(o, dict)}
     if name == 'recipes': return [_recipe(i, found[i], *o) for i in found for o in recipes]
     def cell(i, **kw): return _trial(i, **found[i] | kw, experiment=name, steps=195, view='table', model=model)
-    if name == 'best': return [cell(i, method=o[0], eps_255=o[1], start=s, seed=0, attacks='all') for i in found if (o := best_recipe(i, done_in(out))) for s in starts_of(i, model)]
+    if name == 'best': return [cell(i, method=o[0], eps_255=o[1], start=s, seed=0, attacks='all') for i in found if (o := _taken(i, done_in(out))) for s in starts_of(i, model)]
     if name == 'second': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='none', outliers=f'gan-tiny-{i}-s1') for i in found for m in exposures]
     if name == 'hard': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='hard') for i in found for m in ('plain', *exposures)]
     return [cell(i, method=m, start=s, seed=seed, attacks='none' if seed else 'all') for i in found for s in starts_of(i, model) for seed in (0,1) for m in ('plain', *exposures)]
