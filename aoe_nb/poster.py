@@ -271,7 +271,7 @@ def _taken(id, done):
     own = {i: best_recipe(i, done) for i in starts}
     return own[id] or next((o for o in own.values() if o and own[id] == ()), None)
 
-# %% ../nbs/11_poster.ipynb #598594da
+# %% ../nbs/11_poster.ipynb #67e6feac
 def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def f(c): p = result_path(c, out); return json.loads(p.read_text()) if p.exists() else None
@@ -290,7 +290,7 @@ def cells(
     found = {i: o for i,o in found.items() if isinstance(o, dict)}
     if name == 'recipes': return [_recipe(i, found[i], *o) for i in found for o in recipes]
     def cell(i, **kw): return _trial(i, **found[i] | kw, experiment=name, steps=195, view='table', model=model)
-    if name == 'best': return [cell(i, method=o[0], eps_255=o[1], start=s, seed=0, attacks='all') for i in found if (o := _taken(i, done_in(out))) for s in starts_of(i, model)]
+    if name == 'best': return [cell(i, method=o[0], eps_255=o[1], start=s, seed=0, attacks=a) for i in found if (o := _taken(i, done_in(out))) for a,ss in dict(all=starts_of(i, model), hard=starts_of(i, model)[:1]).items() for s in ss]
     if name == 'second': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='none', outliers=f'gan-tiny-{i}-s1') for i in found for m in exposures]
     if name == 'hard': return [cell(i, method=m, start=starts_of(i, model)[0], seed=0, attacks='hard') for i in found for m in ('plain', *exposures)]
     return [cell(i, method=m, start=s, seed=seed, attacks='none' if seed else 'all') for i in found for s in starts_of(i, model) for seed in (0,1) for m in ('plain', *exposures)]
@@ -300,8 +300,8 @@ def missing(name, ids, out='results', model='resnet20'):
     def there(c): return done_in(out)(c) is not None and (name != 'starts' or weights_file(f'start-{model}-{c["id"]}-s{c["seed"]}.pt').exists())
     return [c for c in cells(name, ids, out, model) if not there(c)]
 
-# %% ../nbs/11_poster.ipynb #06550082
-_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start), recipes (other steps, on the images of the search) or best (the best of those, on five starts)'
+# %% ../nbs/11_poster.ipynb #c1c839a3
+_what = 'Experiment: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start), recipes (other steps, on the images of the search) or best (the best of those, on five starts, on one also under the hard attacks)'
 try: from fastcore.script import Param; _Name = Param(_what, str, opt=False, nargs='?')
 except ImportError: from typing import Annotated; _Name = Annotated[str, _what, dict(opt=False, nargs='?')] # fastcore 2
 
