@@ -501,7 +501,7 @@ def claims(
     def numbers(k): return [f'{found[k][i]}: {_numbers(runs[i,"grid"], k)}' if found[k][i] else _so_far(runs[i,'grid']) for i in names]
     rows = {k: (c, said(found[k].values()), *numbers(k)) for k,(c,_) in tests.items()} | {k: (*o, '', '') for k,o in dict(P5=('training converges within an epoch or two','not measured yet'), P6=('more outliers help, but soon no more','not measured yet'),
         P7=('the picture: generated outliers and the AOE step','shown'), P8=('adversarial training on inliers hurts detection','not measured yet, a first look on digits'),
-        Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open, a first look on one start')).items()}
+        Q1=('does it work with real outliers?','open'), Q2=('does it scale?','open'), Q3=('why do stronger adversaries help so little?','open; five steps do help under PGD')).items()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['claim','verdict',*names.values()])
 
 def claim_line(
