@@ -8,11 +8,12 @@ import numpy as np, torch
 from aoe_nb.attack import FGSM, eval_mode
 from aoe_nb.data import inliers
 from aoe_nb.energy import energy
-from aoe_nb.evaluation import _features, pixel_batches
+from aoe_nb.loaders import pixel_batches
+from aoe_nb.peers import _features
 from aoe_nb.generate import frechet_distance, generator_path, load_generator, nearest
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
 from aoe_nb.poster import fixed_subset, load_start, starts
-from aoe_nb.sources import write_whole
+from aoe_nb.record import write_whole
 from published import record
 from torchvision.utils import save_image
 

@@ -5,10 +5,12 @@
 import json, time
 from pathlib import Path
 import torch
-from aoe_nb.data import RandomCropFlip, inliers
-from aoe_nb.exposure import DeviceMixedPrecision
+from aoe_nb.data import inliers
+from aoe_nb.loaders import RandomCropFlip
+from aoe_nb.device import DeviceMixedPrecision
 from aoe_nb.models import cifar10_stats, resnet20
-from aoe_nb.sources import _folder, provenance
+from aoe_nb.sources import _folder
+from aoe_nb.record import provenance
 from fastai.callback.all import *
 from fastai.vision.all import ImageDataLoaders, Flip, Learner, Normalize
 

@@ -8,7 +8,8 @@ from published import record
 
 step = '''
 import json, sys, time, torch, torch.nn.functional as F
-from aoe_nb.models import keep_memory, resnet20
+from aoe_nb.models import resnet20
+from aoe_nb.device import keep_memory
 if sys.argv[1] == 'kept': assert keep_memory()
 net,res = resnet20().to(memory_format=torch.channels_last).train(),{}
 for n in 128,256,512:

@@ -8,7 +8,7 @@ from aoe_nb.audit import audit
 from aoe_nb.data import inliers, outliers, unseen
 import aoe_nb.evaluation
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
-from aoe_nb.sources import provenance
+from aoe_nb.record import provenance
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.callback.all import *

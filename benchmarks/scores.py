@@ -6,9 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from aoe_nb.attack import pgd
-from aoe_nb.evaluation import ood_metrics
+from aoe_nb.metrics import ood_metrics
 from aoe_nb.models import small_cnn
-from aoe_nb.sources import provenance
+from aoe_nb.record import provenance
 import torchattacks
 from pytorch_ood.metrics import AUPR, AUROC, FPRAtTPR, MetricCollection
 

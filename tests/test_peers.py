@@ -8,7 +8,8 @@ from torch import nn
 from aoe_nb.attack import FGSM, PGD, apgd, fgsm, mifgsm, pgd, square
 from aoe_nb.data import inliers, unseen
 from aoe_nb.energy import energy
-from aoe_nb.evaluation import bootstrap_interval, compare_reports, on_input, ood_metrics
+from aoe_nb.evaluation import on_input
+from aoe_nb.metrics import bootstrap_interval, compare_reports, ood_metrics
 from aoe_nb.models import small_cnn
 from fastai.learner import Learner
 import fastai.callback.all

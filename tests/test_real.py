@@ -34,7 +34,7 @@ def test_classes_and_order_are_the_published_ones():
 
 def test_methods_of_a_pair_see_the_same_inliers():
     need('cifar10', 'tinyimagenet_aux', weights='resnet20-12fca82f.th')
-    from aoe_nb.experiment import methods
+    from aoe_nb.methods import methods
     from aoe_nb.poster import _trial, tune
     first = {m: tune(_trial('cifar10', m, steps=1, bs=64, bn='frozen')).energy_log.rows[0] for m in methods}
     assert len({o[0] for o in first.values()}) == 1, first
