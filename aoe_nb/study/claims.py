@@ -42,7 +42,7 @@ def complete(
     for r in runs: there.setdefault((r['start'],r['seed']), set()).add(r['method'])
     return [r for r in runs if {'plain', *exposures} <= there[r['start'],r['seed']]]
 
-# %% ../../nbs/study/05_claims.ipynb #5115092f
+# %% ../../nbs/study/05_claims.ipynb #5115572f
 def _inlier_numbers(runs):
     "Accuracy and calibration, as means over runs"
     names = dict(accuracy=lambda r: r['id_acc'], ECE=lambda r: r['calibration']['ECE'], NLL=lambda r: r['calibration']['NLL'])
@@ -55,16 +55,16 @@ def start_reports(
 )->dict: # start -> report, as `compare_reports` takes them
     "One report a start, seeds averaged"
     what = score,attack,attacked,eps_255
-    how = {k: 'mean' for k in metric_names} | dict(group='first', n_in='first', n_out='first')
-    mine = {}
-    for r in runs:
-        if r['method'] == method: mine.setdefault(r['start'], []).append(r)
+    mine = [r for r in runs if r['method'] == method]
+    rows = [o | dict(start=r['start']) for r in mine for o in r['ood']
+            if (o['score'],o['attack'],o['attacked'],o['eps_255']) == what]
+    if not rows: return {}
+    by_set = pd.DataFrame(rows).groupby(['start','set'], sort=False)
+    seeds_averaged = by_set[['group','n_in','n_out']].first().join(by_set[metric_names].mean())
     res = {}
-    for start,some in mine.items():
-        rows = [o for r in some for o in r['ood'] if (o['score'],o['attack'],o['attacked'],o['eps_255']) == what]
-        if not rows: continue
-        res[start] = report_means(pd.DataFrame(rows).groupby('set', sort=False).agg(how))
-        res[start].attrs = dict(id=_inlier_numbers(some))
+    for start,sets in seeds_averaged.groupby('start', sort=False):
+        res[start] = report_means(sets.droplevel('start'))
+        res[start].attrs = dict(id=_inlier_numbers([r for r in mine if r['start'] == start]))
     return res
 
 # %% ../../nbs/study/05_claims.ipynb #5115148d
