@@ -7,7 +7,7 @@ __all__ = ['metric_names', 'ood_metrics', 'bootstrap_interval', 'image_bootstrap
            'report_from_scores', 'compare_reports', 'calibration_bins']
 
 # %% ../nbs/06_metrics.ipynb #2072d808
-import numpy as np, pandas as pd
+import warnings, numpy as np, pandas as pd
 from scipy import stats
 from torch import Tensor
 
@@ -210,7 +210,9 @@ def compare_reports(
     res = res.assign(diff=diff.mean(axis=1), sd=diff.std(axis=1), n=n)
     unknown = dict.fromkeys(['lo','hi','detectable','p'], np.nan)
     if n == 1: return res.assign(**unknown) # one run says nothing about others
-    test = stats.ttest_rel(b, a, axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning) # runs that all differ by the same have an interval of length 0
+        test = stats.ttest_rel(b, a, axis=1)
     interval = test.confidence_interval(.95)
     significant,found = stats.t.ppf([.975,.8], n-1) # 5%, two-sided, with 80% power
     detectable = (significant+found)*res.sd/n**.5
