@@ -17,7 +17,7 @@ from .cache import _Unknown, _code, _feed
 from .data import Images, outliers
 from .energy import energy, get_score, msp
 from .loaders import Pixels, labelled_batches, pixel_batches
-from .metrics import _report, calibration_bins, ood_metrics
+from .metrics import report_from_scores, calibration_bins, ood_metrics
 
 # %% ../nbs/07_evaluation.ipynb #05c0a447
 @dataclass(eq=False)
@@ -182,7 +182,7 @@ def ood_report(
     cache=None, # folder to keep scores in
 )->pd.DataFrame: # one row a set, then the means; fractions in [0,1]; what was measured and the `id_report` in `attrs`
     "How well `score` tells inliers from each set of outliers"
-    df = _report(*_side_scores(self, sets, score, attack, attacked, inliers, seed, bs, cache), n_boot, seed)
+    df = report_from_scores(*_side_scores(self, sets, score, attack, attacked, inliers, seed, bs, cache), n_boot, seed)
     name = score if isinstance(score, str) else getattr(score, '__name__', repr(score))
     df.attrs = dict(score=name, attack=repr(attack), attacked='none' if attack is None else attacked, seed=seed)
     try: df.attrs['id'] = self.id_report(inliers, bs, cache)
@@ -231,7 +231,7 @@ def robustness_curve(
     for e in [o/255 for o in (0,.5,1,2,4,8,16)] if eps is None else eps:
         s,outs = _side_scores(self, sets, score, _at(attack, e), attacked, inliers, seed, bs, cache, s_in)
         if attacked == 'ood' or not e: s_in = s
-        rows.append(_report(s, outs, n_boot, seed).reset_index().assign(eps_255=round(255*e, 6)))
+        rows.append(report_from_scores(s, outs, n_boot, seed).reset_index().assign(eps_255=round(255*e, 6)))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/07_evaluation.ipynb #bd0c38bf
@@ -289,7 +289,7 @@ def attack_table(
         for a,attack in attacks.items():
             s_in,outs = _side_scores(self, sets, score, attack, attacked, inliers, seed, bs, cache, clean)
             if attacked == 'ood' or attack is None: clean = s_in
-            res[a][name] = _report(s_in, outs)[metric][row]
+            res[a][name] = report_from_scores(s_in, outs)[metric][row]
     return pd.DataFrame(res).rename_axis(index='score', columns='attack')
 
 def standard_attacks(
