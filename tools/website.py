@@ -45,11 +45,14 @@ def shows_widget(nb):
     return any(WIDGET in o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', []))
 
 
-def drop_unused_widgets(path):
-    "Remove the widgets' state, which nbdev adds to every notebook, from one that shows none"
+def strip(path):
+    "Remove what the site has no use for: a widgets' state without a widget, which nbdev adds, and marks for JupyterLab"
     nb = json.loads(path.read_text(encoding='utf-8'))
-    if not shows_widget(nb) and nb['metadata'].pop('widgets', None) is not None:
-        path.write_text(json.dumps(nb), encoding='utf-8')
+    if not shows_widget(nb):
+        nb['metadata'].pop('widgets', None)
+    for cell in nb['cells']:
+        cell['metadata'].pop('jupyter', None)
+    path.write_text(json.dumps(nb), encoding='utf-8')
 
 
 def tidy(html, page, site):
@@ -86,7 +89,7 @@ def render(folder, quarto):
         conf.write_text(with_addresses(conf.read_text(encoding='utf-8'), config), encoding='utf-8')
         proc = proc_nbs(n_workers=0)
     for path in proc.rglob('*.ipynb'):
-        drop_unused_widgets(path)
+        strip(path)
     if quarto:
         subprocess.run([quarto, 'render', proc, '--no-cache'], check=True)
     else:
