@@ -102,8 +102,8 @@ def test_flagged_cells_are_listed():
 
 # A room imports only from lines above its own. The library does not know the study, nobody the old names.
 ROOMS = """
-energy attack metrics batchnorm plots record cache
-sources methods device models
+energy attack metrics batchnorm plots record
+sources methods device models cache
 data
 loaders
 stream evaluation
@@ -112,7 +112,8 @@ generate
 demo
 all
 study study.protocol
-study.train study.measure
+study.train
+study.measure
 study.search
 study.grid study.claims
 experiment poster
