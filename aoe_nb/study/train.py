@@ -7,16 +7,11 @@ __all__ = ['networks', 'pixel_stats', 'nesterov', 'view_of', 'fixed_subset', 'we
            'logits_of', 'check_start', 'train_start', 'exposed_pool', 'Parts', 'resolve', 'EnergyLog', 'tune',
            'check_tune']
 
-# %% ../../nbs/study/01_train.ipynb #1bd3a799
+# %% ../../nbs/study/01_train.ipynb #1bd325db
 import json, numpy as np, torch
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from fastai.callback.all import *
-from fastai.learner import Learner
-from fastai.metrics import accuracy
-from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
 from torch import nn
 from ..attack import check_eps, eval_mode
 from ..data import Images, inliers, outliers, unseen
@@ -29,6 +24,11 @@ from ..models import cifar10_stats, cifar100_stats, imagenet_stats, resnet20, wr
 from ..models import load_weights, save_weights, weights_file
 from .protocol import exposed_classes, n_classes, protocol, selection_classes
 from .protocol import start_config, start_name, starts, starts_of, tune_config, unseen_sets
+from fastai.callback.all import *
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
 
 # %% ../../nbs/study/01_train.ipynb #1bd3fda6
 def view_of(
