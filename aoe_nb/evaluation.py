@@ -17,7 +17,8 @@ from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no
 from .cache import code_of, kept
 from .data import Images, outliers
 from .energy import energy, get_score, msp
-from .loaders import Pixels, labelled_batches, pixel_batches
+from .loaders import Pixels
+from .stream import labelled_batches, pixel_batches
 from .metrics import calibration_bins, ood_metrics, report_from_scores
 
 # %% ../nbs/07_evaluation.ipynb #05c0a447

@@ -14,7 +14,8 @@ from .attack import eval_mode
 from .cache import _feed
 from .data import Images
 from .evaluation import on_input
-from .loaders import Pixels, labelled_batches
+from .loaders import Pixels
+from .stream import labelled_batches
 
 # %% ../nbs/08_peers.ipynb #82b45a5f
 def _head(model):

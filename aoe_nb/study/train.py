@@ -18,7 +18,8 @@ from ..data import Images, inliers, outliers, unseen
 from ..energy import energy, energy_margin
 from ..exposure import OutlierExposure
 from ..generate import Checkpoint, load_generator
-from ..loaders import RandomCropFlip, pixel_batches
+from ..loaders import RandomCropFlip
+from ..stream import pixel_batches
 from ..methods import exposure_of
 from ..models import cifar10_stats, cifar100_stats, imagenet_stats, resnet20, wrn40_2
 from ..models import load_weights, save_weights, weights_file
