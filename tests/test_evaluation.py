@@ -1,9 +1,8 @@
-"The bench and its cache: what makes a new file, what is refused a name, how often the model is called, and that the Learner's methods are the bench's."
+"The bench and its cache: what makes a new file, what has no name, how often the model is called."
 import warnings
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
-import aoe_nb.evaluation
-import fastai.callback.all
+import fastai.callback.all # noqa: F401 (brings `no_bar`)
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.cache import fingerprint, kept
 from aoe_nb.data import inliers, unseen
@@ -118,7 +117,9 @@ def test_a_model_with_a_hook_has_no_name(learn, some, tmp_path):
 def test_an_identity_names_a_score_of_inputs(learn, some, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for name in 'a','b','a': learn.ood_scores(some, on_input(lambda m,x: energy(m(x)), identity=name), cache=tmp_path)
+        for name in 'a','b','a':
+            score = on_input(lambda m,x: energy(m(x)), identity=name)
+            learn.ood_scores(some, score, cache=tmp_path)
     assert len(files(tmp_path)) == 2
 
 def test_a_loader_that_shuffles_is_filed_under_what_was_seen(learn, tmp_path):
@@ -136,8 +137,10 @@ def test_a_part_called_identity_does_not_stand_for_its_layer():
     class Block(torch.nn.Module):
         def __init__(self, identity):
             super().__init__()
-            self.identity,self.layer = identity,torch.nn.Linear(2, 2)
-    Block.__module__,Block.__qualname__ = 'torch.nn.modules.linear','Block'
+            self.identity = identity
+            self.layer = torch.nn.Linear(2, 2)
+    Block.__module__ = 'torch.nn.modules.linear'
+    Block.__qualname__ = 'Block'
     assert len({fingerprint(Block(o)) for o in (None, None, torch.nn.BatchNorm1d(2))}) == 3
 
 # the bench
@@ -172,7 +175,8 @@ def test_untouched_inliers_are_scored_once(learn, some):
     def curve(attacked): learn.robustness_curve(sets, [0,.01,.02], FGSM, attacked=attacked)
     assert n_images(learn, lambda: curve('ood')) == n_in + 5*n_out, 'an attack step is a second pass'
     assert n_images(learn, lambda: curve('both')) == 5*n_in + 5*n_out
-    def table(): learn.attack_table(sets, dict(a=energy, b='msp'), {'none': None, 'FGSM': FGSM(.01), 'again': FGSM(.02)})
+    attacks = {'none': None, 'FGSM': FGSM(.01), 'again': FGSM(.02)}
+    def table(): learn.attack_table(sets, dict(a=energy, b='msp'), attacks)
     assert n_images(learn, table) == 2*(n_in + 5*n_out), 'once a score'
     bench = Bench(learn, sets)
     bench.metrics()
@@ -188,5 +192,7 @@ def test_masking_of_the_bench_says_what_the_learner_warns_of(learn, some):
     quiet = Bench(learn, None, cut).masking(some, steps=2, n_queries=5)
     with pytest.warns(UserWarning, match='masked') as said: loud = learn.masking_check(some, cut, steps=2, n_queries=5)
     pd.testing.assert_frame_equal(quiet, loud)
-    assert len([w for w in said if 'masked' in str(w.message)]) == loud.suspicious.sum() and said[0].filename == __file__
+    said = [w for w in said if 'masked' in str(w.message)]
+    assert len(said) == loud.suspicious.sum()
+    assert said[0].filename == __file__, 'the warning points at the call'
     assert np.isclose(loud.value['images without gradient'], 1)
