@@ -19,6 +19,7 @@ import yaml
 from collapse import notebooks
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
+from website import WIDGET, tidy
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = [p.relative_to(ROOT / 'nbs') for p in notebooks()]
@@ -87,7 +88,7 @@ def test_quarto_can_read_the_options(nb):
 
 
 class Page(HTMLParser):
-    "What the checks need of a page: ids, links, images, scripts, the text of its body, and that without code and mathematics"
+    "What the checks need of a page: ids, links, images, scripts, the text of its body, and its prose alone"
 
     def __init__(self, path):
         super().__init__()
@@ -178,12 +179,35 @@ def test_page_reads_as_meant(nb, pages):
                 pytest.fail(f'{what} is shown as it is written: {around!r}')
 
 
+QUARTO_HEAD = """<head>
+<script src="https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js" crossorigin="anonymous"></script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/jquery/3.5.1/jquery.min.js" data-relocate-top="true"></script>
+<script type="application/javascript">define('jquery', [],function() {return window.jQuery;})</script>
+<script src="https://cdn.jsdelivr.net/npm/@jupyter-widgets/html-manager@*/dist/embed-amd.js"></script>
+<script src="site_libs/quarto-nav/quarto-nav.js"></script>
+</head>"""
+
+
+def test_only_a_page_with_a_widget_fetches_scripts_for_it():
+    "Quarto adds them wherever an output is HTML, as tables are"
+    page = Path('page.html')
+    kept = '<head>\n<script src="site_libs/quarto-nav/quarto-nav.js"></script>\n</head>'
+    assert tidy(QUARTO_HEAD, page, HOME[:-1]) == kept
+    with_widget = QUARTO_HEAD + f'<script type="{WIDGET}">'
+    assert tidy(with_widget, page, HOME[:-1]) == with_widget
+
+
+def test_links_to_the_site_become_relative():
+    page = Path('experiments/p1.html')
+    link = f'<a class="x" href="{HOME}energy.html#energy"><code>energy</code></a>'
+    assert tidy(link, page, HOME[:-1]) == '<a class="x" href="../energy.html#energy"><code>energy</code></a>'
+
+
 @each_nb
-def test_widgets_fetch_their_scripts_and_other_pages_none(nb, pages):
+def test_this_page_fetches_no_script_without_a_use(nb, pages):
     page = pages[html_name(nb)]
-    if 'vnd.jupyter.widget' in page.html:
-        return
-    assert not [o for o in page.scripts if re.search(r'require|jquery|embed-amd', o)]
+    if WIDGET not in page.html:
+        assert not [o for o in page.scripts if re.search('require|jquery|embed-amd', o)]
 
 
 # Links
