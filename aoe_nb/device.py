@@ -8,20 +8,24 @@ __all__ = ['DeviceMixedPrecision', 'keep_memory']
 # %% ../nbs/18_device.ipynb #d8e0d17d
 import ctypes, torch
 from fastcore.all import L
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 
 # %% ../nbs/18_device.ipynb #772eec7e
 class DeviceMixedPrecision(MixedPrecision):
     "fastai's `MixedPrecision` with autocast on the learner's own device, so that bfloat16 works on a CPU too"
     def before_fit(self):
-        kind,half = next(self.model.parameters()).device.type,dict(fp16=torch.float16, bf16=torch.bfloat16)[self.amp_mode.value]
-        self.autocast,self.scales = torch.autocast(kind, half),L()
-        self.learn.scaler = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': half == torch.float16})
+        kind = next(self.model.parameters()).device.type
+        half = torch.float16 if self.amp_mode == AMPMode.FP16 else torch.bfloat16
+        self.autocast = torch.autocast(kind, half)
+        self.scales = L()
+        scaling = self.kwargs | dict(enabled=half == torch.float16) # bfloat16 has the range of float32
+        self.learn.scaler = torch.amp.GradScaler(kind, **scaling)
 
 # %% ../nbs/18_device.ipynb #930b13f2
 def keep_memory()->bool: # whether it could: glibc only
-    "From now on this process keeps freed memory for its next tensors, instead of giving it back; as `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1` in the environment (mallopt(3))"
+    "Keep freed memory in this process for its next tensors, instead of giving it back (mallopt(3))"
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False
-    m_trim_threshold,m_mmap_max = -1,-4
+    m_trim_threshold = -1
+    m_mmap_max = -4
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))

@@ -12,7 +12,8 @@ from torch import Tensor
 # %% ../nbs/01_energy.ipynb #8b332b49
 def _exact(logits):
     "`logits` in float32 at least: a sum of exponentials in half precision loses what a score needs"
-    if logits.ndim != 2: raise ValueError(f'logits must have shape (N, C), these have {tuple(logits.shape)}: give one row an image')
+    if logits.ndim != 2:
+        raise ValueError(f'logits must have shape (N, C), these have {tuple(logits.shape)}: give one row an image')
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 # %% ../nbs/01_energy.ipynb #0c58a487

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['methods', 'exposure_of']
 
-# %% ../nbs/17_methods.ipynb #33390fcf
+# %% ../nbs/17_methods.ipynb #74e4ccb8
 from .attack import FGSM, PGD, Gaussian, RandomSign
 
-# %% ../nbs/17_methods.ipynb #13deab06
+# %% ../nbs/17_methods.ipynb #74e495a6
 methods = dict(
     plain = lambda eps: dict(lam=0.),
     oe = lambda eps: dict(attack=None),
@@ -21,6 +21,7 @@ methods = dict(
     aoe_half = lambda eps: dict(attack=FGSM(eps), frac=.5), # the other half of the outliers as they are
     aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5))
 
+# %% ../nbs/17_methods.ipynb #74e44050
 def exposure_of(
     method:str, # of `methods`
     eps:float, # size of the step or noise, in pixels of a [0,1] image

@@ -8,7 +8,7 @@ __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'published', 'sm
            'read_weights', 'load_weights']
 
 # %% ../nbs/10_models.ipynb #f8c10327
-import ctypes, hashlib, json, torch, torch.nn.functional as F
+import hashlib, json, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
 from .record import provenance, write_whole
@@ -20,9 +20,15 @@ def small_cnn(
     width:int=16, # channels of the first layer
 )->nn.Sequential: # (N,c_in,H,W) with H, W >= 4 -> logits (N,n_out)
     "Three 3x3 convolutions with BatchNorm and ReLU, the last two with stride 2, then global average pooling"
-    def block(i, o, stride): return [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*block(c_in, width, 1), *block(width, 2*width, 2), *block(2*width, 4*width, 2),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
+    def block(c_in, c_out, stride):
+        return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),nn.BatchNorm2d(c_out),nn.ReLU()
+    return nn.Sequential(
+        *block(c_in, width, 1),
+        *block(width, 2*width, 2),
+        *block(2*width, 4*width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4*width, n_out))
 
 # %% ../nbs/10_models.ipynb #0dc397ae
 imagenet_stats = (.485,.456,.406),(.229,.224,.225)
@@ -33,79 +39,121 @@ class PixelNorm(nn.Module):
     "Normalisation as a network's first layer: [0,1] images in"
     def __init__(self, mean, std):
         super().__init__()
-        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v).view(1,-1,1,1), persistent=False)
+        # not persistent: a checkpoint looks the same with and without this layer's numbers
+        self.register_buffer('mean', torch.tensor(mean).view(1,-1,1,1), persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(1,-1,1,1), persistent=False)
     def forward(self, x): return (x-self.mean)/self.std
 
 def with_stats(net, stats):
     "`net` behind a `PixelNorm`, or as it is if `stats` is None"
-    return net if stats is None else nn.Sequential(PixelNorm(*stats), net)
+    if stats is None: return net
+    return nn.Sequential(PixelNorm(*stats), net)
 
 # %% ../nbs/10_models.ipynb #67aea6ca
 class _BasicBlock(nn.Module):
     def __init__(self, c_in, c, stride):
         super().__init__()
-        self.conv1,self.bn1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False),nn.BatchNorm2d(c)
-        self.conv2,self.bn2 = nn.Conv2d(c, c, 3, 1, 1, bias=False),nn.BatchNorm2d(c)
-        self.stride,self.pad = stride,(c-c_in)//2
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.stride = stride
+        self.pad = (c-c_in)//2 # new channels on either side of the old
     def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
         if self.stride > 1: x = F.pad(x[:,:,::2,::2], (0,0,0,0,self.pad,self.pad))
         return F.relu(x+y)
+
+def _stage(block, n, c_in, c, stride, *args):
+    "`n` blocks, of which the first changes channels and size"
+    first = block(c_in, c, stride, *args)
+    return nn.Sequential(first, *[block(c, c, 1, *args) for _ in range(n-1)])
 
 class _ResNet(nn.Module):
     def __init__(self, n, n_out):
         super().__init__()
-        self.conv1,self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False),nn.BatchNorm2d(16)
-        self.layer1,self.layer2,self.layer3 = (nn.Sequential(*[_BasicBlock(i if k == 0 else o, o, s if k == 0 else 1) for k in range(n)]) for i,o,s in ((16,16,1),(16,32,2),(32,64,2)))
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(_BasicBlock, n, 16, 16, 1)
+        self.layer2 = _stage(_BasicBlock, n, 16, 32, 2)
+        self.layer3 = _stage(_BasicBlock, n, 32, 64, 2)
         self.linear = nn.Linear(64, n_out)
         for m in self.modules():
             if isinstance(m, (nn.Conv2d,nn.Linear)): nn.init.kaiming_normal_(m.weight)
     def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2,3)))
 
 # %% ../nbs/10_models.ipynb #5524504e
-def resnet20(n_out=10, stats=cifar10_stats): "ResNet-20 for 32x32 images (He et al. 2016): (N,3,H,W) in [0,1] -> logits (N,n_out); 0.27M parameters"; return with_stats(_ResNet(3, n_out), stats)
-def resnet32(n_out=10, stats=cifar10_stats): "ResNet-32, as `resnet20`; 0.46M parameters"; return with_stats(_ResNet(5, n_out), stats)
-def resnet44(n_out=10, stats=cifar10_stats): "ResNet-44, as `resnet20`; 0.66M parameters"; return with_stats(_ResNet(7, n_out), stats)
-def resnet56(n_out=10, stats=cifar10_stats): "ResNet-56, as `resnet20`; 0.85M parameters"; return with_stats(_ResNet(9, n_out), stats)
+def resnet20(n_out=10, stats=cifar10_stats):
+    "ResNet-20 for 32x32 images (He et al. 2016): (N,3,H,W) in [0,1] -> logits (N,n_out); 0.27M parameters"
+    return with_stats(_ResNet(3, n_out), stats)
+
+def resnet32(n_out=10, stats=cifar10_stats):
+    "ResNet-32, as `resnet20`; 0.46M parameters"
+    return with_stats(_ResNet(5, n_out), stats)
+
+def resnet44(n_out=10, stats=cifar10_stats):
+    "ResNet-44, as `resnet20`; 0.66M parameters"
+    return with_stats(_ResNet(7, n_out), stats)
+
+def resnet56(n_out=10, stats=cifar10_stats):
+    "ResNet-56, as `resnet20`; 0.85M parameters"
+    return with_stats(_ResNet(9, n_out), stats)
 
 # %% ../nbs/10_models.ipynb #e93b43c2
 class _WideBlock(nn.Module):
     def __init__(self, c_in, c, stride, drop):
         super().__init__()
-        self.bn1,self.conv1 = nn.BatchNorm2d(c_in),nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
-        self.bn2,self.conv2 = nn.BatchNorm2d(c),nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
         self.convShortcut = None if c_in == c else nn.Conv2d(c_in, c, 1, stride, bias=False)
         self.drop = drop
     def forward(self, x):
         a = F.relu(self.bn1(x))
-        y = F.dropout(F.relu(self.bn2(self.conv1(a))), self.drop, self.training)
-        return self.conv2(y) + (x if self.convShortcut is None else self.convShortcut(a))
+        y = F.relu(self.bn2(self.conv1(a)))
+        y = F.dropout(y, self.drop, self.training)
+        shortcut = x if self.convShortcut is None else self.convShortcut(a)
+        return self.conv2(y) + shortcut
 
 class _WideStage(nn.Module):
     def __init__(self, n, c_in, c, stride, drop):
         super().__init__()
-        self.layer = nn.Sequential(*[_WideBlock(c_in if k == 0 else c, c, stride if k == 0 else 1, drop) for k in range(n)])
+        self.layer = _stage(_WideBlock, n, c_in, c, stride, drop)
     def forward(self, x): return self.layer(x)
 
 class _WideResNet(nn.Module):
     def __init__(self, depth, width, n_out, drop):
         super().__init__()
-        n,cs = (depth-4)//6,[16, 16*width, 32*width, 64*width]
+        n = (depth-4)//6 # blocks in each of the three stages
+        c = 16*width
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.block1,self.block2,self.block3 = (_WideStage(n, cs[i], cs[i+1], 1 if i == 0 else 2, drop) for i in range(3))
-        self.bn1,self.fc = nn.BatchNorm2d(cs[3]),nn.Linear(cs[3], n_out)
+        self.block1 = _WideStage(n, 16, c, 1, drop)
+        self.block2 = _WideStage(n, c, 2*c, 2, drop)
+        self.block3 = _WideStage(n, 2*c, 4*c, 2, drop)
+        self.bn1 = nn.BatchNorm2d(4*c)
+        self.fc = nn.Linear(4*c, n_out)
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         nn.init.zeros_(self.fc.bias)
     def forward(self, x):
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.relu(self.bn1(x)).mean((2,3)))
+        x = self.conv1(x)
+        x = self.block3(self.block2(self.block1(x)))
+        x = F.relu(self.bn1(x))
+        return self.fc(x.mean((2,3)))
 
 # %% ../nbs/10_models.ipynb #6573ce14
-def wrn40_2(n_out=10, stats=cifar10_stats, drop=.3): "WRN-40-2 with dropout: (N,3,H,W) in [0,1] -> logits (N,n_out); 2.2M parameters"; return with_stats(_WideResNet(40, 2, n_out, drop), stats)
-def wrn16_4(n_out=10, stats=cifar10_stats, drop=.3): "WRN-16-4 with dropout, as `wrn40_2`; 2.7M parameters"; return with_stats(_WideResNet(16, 4, n_out, drop), stats)
+def wrn40_2(n_out=10, stats=cifar10_stats, drop=.3):
+    "WRN-40-2 with dropout: (N,3,H,W) in [0,1] -> logits (N,n_out); 2.2M parameters"
+    return with_stats(_WideResNet(40, 2, n_out, drop), stats)
+
+def wrn16_4(n_out=10, stats=cifar10_stats, drop=.3):
+    "WRN-16-4 with dropout, as `wrn40_2`; 2.7M parameters"
+    return with_stats(_WideResNet(16, 4, n_out, drop), stats)
 
 # %% ../nbs/10_models.ipynb #1b6cf8fb
 def weights_file(
@@ -113,8 +161,11 @@ def weights_file(
     folder='weights', # where to look first
 )->Path:
     "`name` in `folder`, or in this checkout's `weights/` if only that has it"
-    own,ours = Path(folder)/name,Path(__file__).parent.parent/'weights'/name
+    own = Path(folder)/name
+    ours = Path(__file__).parent.parent/'weights'/name
     return ours if ours.exists() and not own.exists() else own
+
+def _checksum(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def save_weights(
     model:nn.Module,
@@ -122,35 +173,81 @@ def save_weights(
     **about, # what else goes into the JSON: config, seed, log ...
 ):
     "The state of `model` in float16, and its checksum and origin as JSON; each file is written whole or not at all"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda f: torch.save({k: v.half() if v.is_floating_point() else v for k,v in model.state_dict().items()}, f))
-    write_whole(path.with_suffix('.json'), json.dumps(dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest()) | about | provenance(), indent=1))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half() if v.is_floating_point() else v for k,v in model.state_dict().items()}
+    write_whole(path, lambda f: torch.save(state, f))
+    about = dict(file=path.name, sha256=_checksum(path)) | about | provenance()
+    write_whole(path.with_suffix('.json'), json.dumps(about, indent=1))
 
 def check_weights(
     path, # of a checkpoint
 )->dict: # the JSON beside it, empty if there is none
     "What is known of a checkpoint; an error if it is not the file that its JSON speaks of"
-    j = Path(path).with_suffix('.json')
-    about = json.loads(j.read_text()) if j.exists() else {}
-    if about and about.get('sha256') != hashlib.sha256(Path(path).read_bytes()).hexdigest(): raise ValueError(f'{path} is not the file that {j.name} describes, its checksum differs: fetch or make it again')
+    beside = Path(path).with_suffix('.json')
+    about = json.loads(beside.read_text()) if beside.exists() else {}
+    if about and about.get('sha256') != _checksum(path):
+        raise ValueError(f'{path} is not the file that {beside.name} describes, its checksum differs: '
+                         'fetch or make it again')
     return about
 
 # %% ../nbs/10_models.ipynb #555727a3
-published = { # of these networks, from their authors; torch.hub keeps them in its checkpoints folder and checks the hash in the name
-    'resnet20': 'https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th',
-    'resnet56': 'https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet56-4bfd9763.th'}
+# From the authors of these networks. torch.hub keeps them in its checkpoints folder and checks the hash in the name.
+_akamaster = 'https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models'
+published = {
+    'resnet20': f'{_akamaster}/resnet20-12fca82f.th',
+    'resnet56': f'{_akamaster}/resnet56-4bfd9763.th'}
+
+def _loaded(source):
+    "What lies in the file `source`, or behind that name in `published`"
+    kw = dict(map_location='cpu', weights_only=True)
+    if str(source) in published:
+        return torch.hub.load_state_dict_from_url(published[str(source)], check_hash=True, **kw)
+    if not Path(source).exists():
+        raise FileNotFoundError(f'no checkpoint {source}: give a file, a state dict, or one of {", ".join(published)}')
+    check_weights(source)
+    return torch.load(source, **kw)
 
 def read_weights(
     source, # a file, a name in `published`, or a state dict
 )->dict: # plain names -> tensors
     "The tensors of a checkpoint under their bare names"
-    if isinstance(source, (str,Path)) and str(source) in published: source = torch.hub.load_state_dict_from_url(published[str(source)], map_location='cpu', check_hash=True, weights_only=True)
-    elif isinstance(source, (str,Path)):
-        if not Path(source).exists(): raise FileNotFoundError(f'no checkpoint {source}: give a file, a state dict, or one of {", ".join(published)}')
-        check_weights(source); source = torch.load(source, map_location='cpu', weights_only=True)
-    for k in 'state_dict','model','net':
-        if isinstance(source.get(k), dict): source = source[k]
-    return {k.removeprefix('module.').removeprefix('model.'): v for k,v in source.items() if isinstance(v, Tensor)}
+    state = _loaded(source) if isinstance(source, (str,Path)) else source
+    for key in 'state_dict','model','net':
+        if isinstance(state.get(key), dict): state = state[key]
+    return {k.removeprefix('module.').removeprefix('model.'): v for k,v in state.items() if isinstance(v, Tensor)}
+
+# %% ../nbs/10_models.ipynb #deda410c
+_heads = 'linear','fc','classifier','head','head.fc'
+
+def _bare(name):
+    "`name` without the network's place, and with one name for its last layer"
+    layer,_,leaf = name.removeprefix('1.').rpartition('.')
+    return f'head.{leaf}' if layer in _heads else f'{layer}.{leaf}'
+
+def _by_name(own, theirs):
+    "For each of our names theirs, where bare names and shapes agree"
+    bare = {_bare(name): name for name in theirs}
+    names = {}
+    for name,tensor in own.items():
+        other = bare.get(_bare(name))
+        if other and theirs[other].shape == tensor.shape: names[name] = other
+    return names
+
+# %% ../nbs/10_models.ipynb #deda410f
+def _shapes(tensors): return [tuple(o.shape) for o in tensors.values()]
+
+def _match(own, theirs):
+    "For each of our names theirs: by name, else by order where all shapes agree"
+    names = _by_name(own, theirs)
+    if len(names) < len(own) and _shapes(own) == _shapes(theirs): return dict(zip(own, theirs))
+    return names
+
+def _left_over(own, theirs, names):
+    "What did not find a counterpart, ours and theirs, in words"
+    used = set(names.values())
+    ours = [f'{k} {tuple(v.shape)} has nothing to load' for k,v in own.items() if k not in names]
+    return ours + [f'{k} {tuple(v.shape)} fits nothing' for k,v in theirs.items() if k not in used]
 
 def load_weights(
     model:nn.Module, # with or without `PixelNorm` in front
@@ -158,24 +255,14 @@ def load_weights(
     strict:bool=True, # raise if anything does not match
 )->nn.Module: # `model`
     "Load a published checkpoint, whatever it calls its layers; prints what did not match if that is allowed"
-    own = {k: v for k,v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
-    theirs = {k: v for k,v in read_weights(source).items() if not k.endswith('num_batches_tracked')}
+    def counted(state): return {k: v for k,v in state.items() if not k.endswith('num_batches_tracked')}
+    own = counted(model.state_dict())
+    theirs = counted(read_weights(source))
     names = _match(own, theirs)
-    bad = [f'{k} {tuple(own[k].shape)} has nothing to load' for k in own if k not in names] + [f'{o} {tuple(theirs[o].shape)} fits nothing' for o in theirs if o not in names.values()]
-    if bad and strict: raise ValueError(f'{len(bad)} tensors do not match: {"; ".join(bad[:4])}{" ..." if len(bad) > 4 else ""}. Is it another architecture, or another number of classes? strict=False loads the rest')
-    for o in bad: print(o)
-    model.load_state_dict({k: theirs[o] for k,o in names.items()}, strict=False)
+    bad = _left_over(own, theirs, names)
+    if bad and strict:
+        raise ValueError(f'{len(bad)} tensors do not match: {"; ".join(bad[:4])}{" ..." if len(bad) > 4 else ""}. '
+                         'Is it another architecture, or another number of classes? strict=False loads the rest')
+    for line in bad: print(line)
+    model.load_state_dict({ours: theirs[other] for ours,other in names.items()}, strict=False)
     return model
-
-# %% ../nbs/10_models.ipynb #deda410c
-_heads = 'linear','fc','classifier','head','head.fc'
-
-def _match(own, theirs):
-    "For each of our names theirs: the same up to the network's place and the head's name, else by order where all shapes agree"
-    def bare(k):
-        stem,_,leaf = k.removeprefix('1.').rpartition('.')
-        return f'head.{leaf}' if stem in _heads else f'{stem}.{leaf}'
-    by_name = {bare(o): o for o in theirs}
-    names = {k: by_name[bare(k)] for k,v in own.items() if bare(k) in by_name and theirs[by_name[bare(k)]].shape == v.shape}
-    same_order = [tuple(v.shape) for v in own.values()] == [tuple(v.shape) for v in theirs.values()]
-    return dict(zip(own, theirs)) if len(names) < len(own) and same_order else names

@@ -6,61 +6,87 @@
 __all__ = ['pytorch_ood_score']
 
 # %% ../nbs/08_peers.ipynb #2072d80a
-import hashlib, inspect, sys, torch
+import inspect, torch
 from functools import partial
 from torch import nn
 from fastai.learner import Learner
 from .attack import eval_mode
-from .cache import _feed
+from .cache import fingerprint
 from .data import Images
 from .evaluation import on_input
-from .loaders import Pixels, labelled_batches
+from .loaders import Pixels
+from .stream import labelled_batches
 
 # %% ../nbs/08_peers.ipynb #82b45a5f
 def _head(model):
     "The last linear layer of `model`"
     found = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not found: raise ValueError('the detector needs features, the inputs of a last linear layer, and this model has none')
-    return found[-1]
+    if found: return found[-1]
+    raise ValueError('the detector needs features, the inputs of a last linear layer, and this model has none')
 
 def _features(model, x):
-    "Features and logits of the inputs `x`"
-    seen = []; hook = _head(model).register_forward_pre_hook(lambda m,a: seen.append(a[0]))
-    try: logits = model(x)
+    "Features of the inputs `x`"
+    seen = []
+    hook = _head(model).register_forward_pre_hook(lambda module,args: seen.append(args[0]))
+    try: model(x)
     finally: hook.remove()
-    return seen[-1].float(),logits.float()
+    return seen[-1].float()
 
-def _vim(d, z): return d.alpha*((z-d.u)@d.principal_subspace).norm(dim=1) - (z@d.w.T + d.b).logsumexp(1)
-def _knn(d, z):
-    known = torch.as_tensor(d.knn._fit_X, dtype=z.dtype, device=z.device)
-    return torch.cdist(d._prepare(z), known, compute_mode='donot_use_mm_for_euclid_dist').kthvalue(d.k).values
-def _mahalanobis(d, z):
-    c = z[:,None]-d.mu
-    return .5*((c@d.precision)*c).sum(2).amin(1)
-def _react(d, z): return d.detector(d.head(z.clip(max=d.threshold)))
-_with_gradient = dict(ViM=_vim, KNN=_knn, Mahalanobis=_mahalanobis, ReAct=_react)
+# %% ../nbs/08_peers.ipynb #08000014
+def _mahalanobis(detector, z):
+    away = z[:,None]-detector.mu # from each class mean
+    distance = ((away@detector.precision)*away).sum(2)
+    return .5*distance.amin(1)
+
+def _knn(detector, z):
+    known = torch.as_tensor(detector.knn._fit_X, dtype=z.dtype, device=z.device)
+    distance = torch.cdist(detector._prepare(z), known, compute_mode='donot_use_mm_for_euclid_dist')
+    return distance.kthvalue(detector.k).values
+
+def _react(detector, z):
+    return detector.detector(detector.head(z.clip(max=detector.threshold)))
+
+def _vim(detector, z):
+    outside = (z-detector.u)@detector.principal_subspace
+    logits = z@detector.w.T + detector.b
+    return detector.alpha*outside.norm(dim=1) - logits.logsumexp(1)
+
+_with_gradient = dict(Mahalanobis=_mahalanobis, KNN=_knn, ReAct=_react, ViM=_vim)
 
 # %% ../nbs/08_peers.ipynb #c0c340c8
-def _fitted(detector, learn, source, bs, kwargs):
-    "The pytorch-ood detector of that name, fitted, how it scores (features, logits), and a digest of what it was fitted to"
+def _known(name):
+    "The pytorch-ood detector called `name`, and what it looks at: logits, features or feature_maps"
     try: import pytorch_ood.api as api, pytorch_ood.detector as detectors
     except ImportError: raise ImportError('this score needs pytorch-ood: pip install aoe_nb[ood]') from None
-    cls = getattr(detectors, detector, None)
-    if cls is None: raise ValueError(f'pytorch-ood has no detector {detector!r}: choose from {", ".join(o for o in dir(detectors) if o[0].isupper())}')
-    kinds = dict(logits=api.LogitsDetector, features=api.FeaturesDetector, feature_maps=api.FeatureMapsDetector)
-    kind = next((k for k,v in kinds.items() if issubclass(cls, v)), None)
-    if kind is None: raise ValueError(f'{detector} needs more than logits or features: build it yourself and give on_input(lambda model,x: detector(x))')
-    px,head,xs,ys = Pixels(learn.dls.train),None if kind == 'logits' else _head(learn.model),[],[]
-    given = dict(model=None, encoder=None, backbone=None) | ({} if head is None else dict(head=head, w=head.weight, b=head.bias, d=head.in_features//2))
-    d = cls(**{k: v for k,v in (given | kwargs).items() if k in inspect.signature(cls).parameters or k in kwargs})
+    cls = getattr(detectors, name, None)
+    if cls is None:
+        choices = ', '.join(o for o in dir(detectors) if o[0].isupper())
+        raise ValueError(f'pytorch-ood has no detector {name!r}: choose from {choices}')
+    if issubclass(cls, api.LogitsDetector): return cls,'logits'
+    if issubclass(cls, api.FeaturesDetector): return cls,'features'
+    if issubclass(cls, api.FeatureMapsDetector): return cls,'feature_maps'
+    raise ValueError(f'{name} needs more than logits or features: '
+        'build it yourself and give on_input(lambda model,x: detector(x))')
+
+# %% ../nbs/08_peers.ipynb #08000017
+def _built(cls, head, settings):
+    "A detector of class `cls` with what it asks for, and with `settings`"
+    offered = dict(model=None, encoder=None, backbone=None)
+    if head is not None: offered |= dict(head=head, w=head.weight, b=head.bias, d=head.in_features//2)
+    asked = inspect.signature(cls).parameters
+    return cls(**{k: v for k,v in offered.items() if k in asked} | settings)
+
+def _passed(learn, source, look, bs):
+    "What `look(model, inputs)` sees of all images of `source`, and their labels"
+    pixels = Pixels(learn.dls.train)
+    device = next(learn.model.parameters()).device
+    res = []
+    labels = []
     with eval_mode(learn.model), torch.no_grad():
         for x,y in labelled_batches(source, bs):
-            z = px.encode(x.to(next(learn.model.parameters()).device)); xs.append(learn.model(z).float() if kind == 'logits' else _features(learn.model, z)[0]); ys.append(y)
-    x,y = torch.cat(xs),torch.cat(ys).to(xs[0].device)
-    if d.requires_fit: getattr(d, f'fit_{kind}')(x.cpu() if detector == 'KNN' else x, y.cpu() if detector == 'KNN' else y)
-    own = _with_gradient.get(detector)
-    f = partial(own, d) if own else getattr(d, f'predict_{kind}')
-    return f,kind,_feed(hashlib.sha1(), [x, y]).hexdigest()
+            res.append(look(learn.model, pixels.encode(x.to(device))))
+            labels.append(y)
+    return torch.cat(res),torch.cat(labels).to(device)
 
 # %% ../nbs/08_peers.ipynb #c369998d
 def pytorch_ood_score(
@@ -71,7 +97,18 @@ def pytorch_ood_score(
     **kwargs, # of the detector, such as k=10
 )->on_input:
     "A detector of pytorch-ood as a score, fitted; one that needs features takes the inputs of the last linear layer"
-    if train is None: train = learn.dls.train_ds if isinstance(learn.dls.train_ds, Images) else learn.dls.train.new(shuffle=False, drop_last=False)
-    f,kind,seen = _fitted(detector, learn, train, bs, kwargs)
-    def score(model, x): return f(model(x).float()) if kind == 'logits' else f(_features(model, x)[0])
-    return on_input(score, identity=[detector, {k: v for k,v in kwargs.items()}, seen, sys.modules['pytorch_ood'].__version__])
+    cls,kind = _known(detector)
+    head = None if kind == 'logits' else _head(learn.model)
+    def look(model, x): return model(x).float() if head is None else _features(model, x)
+    if train is None:
+        whole = isinstance(learn.dls.train_ds, Images)
+        train = learn.dls.train_ds if whole else learn.dls.train.new(shuffle=False, drop_last=False)
+    x,y = _passed(learn, train, look, bs)
+    fitted = _built(cls, head, kwargs)
+    fit_on = 'cpu' if detector == 'KNN' else x.device # scikit-learn's
+    if fitted.requires_fit: getattr(fitted, f'fit_{kind}')(x.to(fit_on), y.to(fit_on))
+    own = _with_gradient.get(detector)
+    score = partial(own, fitted) if own else getattr(fitted, f'predict_{kind}')
+    import pytorch_ood
+    identity = [detector, kwargs, fingerprint([x, y]), pytorch_ood.__version__]
+    return on_input(lambda model,x: score(look(model, x)), identity=identity)

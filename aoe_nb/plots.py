@@ -9,17 +9,33 @@ __all__ = ['plot_scores', 'plot_roc', 'plot_robustness', 'plot_transfer', 'plot_
 # %% ../nbs/09_plots.ipynb #a638054a
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from io import BytesIO
+from itertools import count, cycle
 from sklearn.metrics import auc, roc_curve
 
 # %% ../nbs/09_plots.ipynb #da75cc93
-_lines,_marks,_greys = ['-','--',':','-.',(0,(5,1,1,1,1,1)),(0,(1,3))],['o','s','X','^','D','P'],['k','.45','k','.45','k','.45']
+_lines = ['-','--',':','-.',(0,(5,1,1,1,1,1))]
+
+def _looks():
+    "Colour, line style and marker of one line after another, without end"
+    return zip((f'C{i}' for i in count()), cycle(_lines), cycle('osX^DPv'))
 
 def _need(df, *columns):
     "Refuse a table without the columns that a plot draws"
-    if missing := [c for c in columns if c not in df]: raise ValueError(f'the table lacks {", ".join(missing)}: it has {", ".join(map(str, df.columns))}')
+    missing = [o for o in columns if o not in df]
+    if not missing: return
+    has = ", ".join(map(str, df.columns))
+    raise ValueError(f'the table lacks {", ".join(missing)}: it has {has}')
+
+def _side_by_side(n, width=.84, most=.28):
+    "Where `n` things stand around 0 in `width`, at most `most` apart"
+    gap = min(most, width/max(n, 1))
+    return gap*(np.arange(n) - (n-1)/2)
+
 def _axes(ax): return plt.subplots(figsize=(4.2,2.8))[1] if ax is None else ax
-def _legend(ax, **kw):
-    if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False, fontsize=8, **kw)
+
+def _legend(ax, **kwargs):
+    "A legend where there are names for it"
+    if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False, **kwargs)
     return ax
 
 # %% ../nbs/09_plots.ipynb #e9b98f03
@@ -30,12 +46,14 @@ def plot_scores(
     inliers='inliers', # the population that is filled
 ): # Axes
     "Histograms of the scores of each population"
-    _need(df, 'population', 'score'); ax = _axes(ax)
+    _need(df, 'population', 'score')
+    ax = _axes(ax)
+    scores = {k: o.values for k,o in df.groupby('population', sort=False).score}
     edges = np.histogram_bin_edges(df.score[np.isfinite(df.score)], bins)
-    kw = dict(ax=ax, bins=edges, stat='density', element='step')
-    sns.histplot(df.score[df.population == inliers].values, color='.75', edgecolor='.6', label=inliers, **kw)
-    for k,ls,c in zip([o for o in df.population.unique() if o != inliers], _lines, _greys):
-        sns.histplot(df.score[df.population == k].values, color=c, fill=False, ls=ls, lw=1.4, label=k, **kw)
+    shared = dict(ax=ax, bins=edges, stat='density', element='step')
+    sns.histplot(scores.pop(inliers, []), color='.75', edgecolor='.6', label=inliers, **shared)
+    for (name,values),(color,line,_) in zip(scores.items(), _looks()):
+        sns.histplot(values, color=color, fill=False, ls=line, lw=1.5, label=name, **shared)
     ax.set(xlabel='score', ylabel='density', yticks=[])
     return _legend(ax)
 
@@ -46,14 +64,17 @@ def plot_roc(
     inliers='inliers',
 ): # Axes
     "The ROC curve of each population against the inliers, AUROC in the legend"
-    _need(df, 'population', 'score'); ax = _axes(ax)
-    s_in = df.score[df.population == inliers]
-    for k,ls,c in zip([o for o in df.population.unique() if o != inliers], _lines, _greys):
-        s = df.score[df.population == k]
-        fpr,tpr,_ = roc_curve(np.repeat([0,1], [len(s_in),len(s)]), np.r_[s_in,s])
-        sns.lineplot(x=fpr, y=tpr, ax=ax, color=c, ls=ls, label=f'{k}, {auc(fpr, tpr):.3f}', estimator=None, sort=False)
-    ax.axhline(.95, color='.6', ls=':', lw=1); ax.set(xlabel='inliers flagged', ylabel='outliers detected')
-    return _legend(ax, title='AUROC', title_fontsize=8, loc='lower right')
+    _need(df, 'population', 'score')
+    ax = _axes(ax)
+    scores = {k: o.values for k,o in df.groupby('population', sort=False).score}
+    s_in = scores.pop(inliers)
+    for (name,s_out),(color,line,_) in zip(scores.items(), _looks()):
+        is_out = np.repeat([0,1], [len(s_in), len(s_out)])
+        fpr,tpr,_ = roc_curve(is_out, np.concatenate([s_in, s_out]))
+        ax.plot(fpr, tpr, color=color, ls=line, label=f'{name}, {auc(fpr, tpr):.3f}')
+    ax.axhline(.95, color='.6', ls=':', lw=1)
+    ax.set(xlabel='inliers flagged', ylabel='outliers detected')
+    return _legend(ax, title='AUROC', loc='lower right')
 
 # %% ../nbs/09_plots.ipynb #2ee65bee
 def plot_robustness(
@@ -63,19 +84,36 @@ def plot_robustness(
     ax=None,
 ): # Axes
     "A metric against eps, with a band of one sd over runs, or of the table's own interval"
-    _need(df, 'eps_255', metric, by); ax = _axes(ax)
-    order = list(df[by].unique())
-    style = dict(zip(order, _marks)),dict(zip(order, [(1,0),(4,2),(1,1.5),(4,1.5,1,1.5),(6,1),(1,3)]))
-    sns.lineplot(df, x='eps_255', y=metric, hue=by, style=by, hue_order=order, style_order=order, palette=dict(zip(order, ['0','.45']*9)),
-        markers=style[0], dashes=style[1], errorbar='sd', ax=ax, err_kws=dict(alpha=.18, lw=0))
-    if f'{metric}_lo' in df:
-        for _,o in df.groupby(by, sort=False): ax.fill_between(o.eps_255, o[f'{metric}_lo'].astype(float), o[f'{metric}_hi'].astype(float), color='.5', alpha=.18, lw=0)
-    ticks = sorted(df.eps_255.unique())
-    first = max([t for t in ticks if t > 0][:1], default=1)
-    ax.set_xscale('symlog', linthresh=first); ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.xaxis.set_minor_locator(plt.NullLocator())
-    if ticks[0] == 0: ax.set_xlim(left=-.2*first)
-    ax.axhline(.5, color='.6', ls=':', lw=1); ax.set_xlabel('eps (/255)')
+    _need(df, 'eps_255', metric, by)
+    ax = _axes(ax)
+    for (name,runs),(color,line,mark) in zip(df.groupby(by, sort=False), _looks()):
+        mean,lo,hi = _band(runs, metric)
+        ax.plot(mean.index, mean, color=color, ls=line, marker=mark, label=name)
+        ax.fill_between(mean.index, lo, hi, color=color, alpha=.18, lw=0)
+    _eps_axis(ax, sorted(df.eps_255.unique()))
+    ax.axhline(.5, color='.6', ls=':', lw=1)
+    ax.set_ylabel(metric)
     return _legend(ax)
+
+# %% ../nbs/09_plots.ipynb #7c5e2d18
+def _band(runs, metric):
+    "Mean over `runs` at each eps, and the ends of its band"
+    of_eps = runs.groupby('eps_255')
+    mean = of_eps[metric].mean()
+    if f'{metric}_lo' in runs:
+        ends = of_eps[[f'{metric}_lo',f'{metric}_hi']].first().astype(float)
+        return mean, *ends.T.values
+    sd = of_eps[metric].std()
+    return mean, mean-sd, mean+sd
+
+def _eps_axis(ax, ticks):
+    "Sizes of an attack, zero among them, each with a tick"
+    first = next((t for t in ticks if t > 0), 1)
+    ax.set_xscale('symlog', linthresh=first)
+    ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    if ticks[0] == 0: ax.set_xlim(left=-.2*first)
+    ax.set_xlabel('eps (/255)')
 
 # %% ../nbs/09_plots.ipynb #951df76c
 def plot_transfer(
@@ -84,7 +122,8 @@ def plot_transfer(
 ): # Axes
     "The transfer matrix as shades of grey, with its numbers"
     ax = _axes(ax)
-    sns.heatmap(df.astype(float), annot=True, fmt='.2f', cmap='Greys', vmin=0, vmax=1, cbar=False, square=True, linewidths=1, ax=ax)
+    shades = dict(cmap='Greys', vmin=0, vmax=1, cbar=False, square=True, linewidths=1)
+    sns.heatmap(df.astype(float), annot=True, fmt='.2f', ax=ax, **shades)
     ax.set(xlabel=df.columns.name or 'scored by', ylabel=df.index.name or 'made on')
     return ax
 
@@ -94,31 +133,41 @@ def plot_reliability(
     ax=None,
 ): # Axes
     "Reliability diagram, with the expected calibration error"
-    _need(df, 'confidence', 'accuracy', 'n'); ax = _axes(ax)
+    _need(df, 'confidence', 'accuracy', 'n')
+    ax = _axes(ax)
+    share = df.n/df.n.sum()
     ece = (df.n*(df.confidence-df.accuracy).abs()).sum()/df.n.sum()
     ax.plot([0,1], [0,1], color='.6', ls=':', lw=1)
-    sns.lineplot(df, x='confidence', y='accuracy', color='k', lw=1, ax=ax, estimator=None)
-    ax.scatter(df.confidence, df.accuracy, s=5 + 300*df.n/df.n.sum(), color='.45', edgecolor='k', lw=.6)
-    ax.set(xlim=(0,1.02), ylim=(0,1.02)); ax.set_title(f'ECE {ece:.3f}', fontsize=10)
+    ax.plot(df.confidence, df.accuracy, color='C0', lw=1)
+    ax.scatter(df.confidence, df.accuracy, s=5 + 300*share, color='C1', edgecolor='C0', lw=.6, zorder=2)
+    ax.set(xlabel='confidence', ylabel='accuracy', xlim=(0,1.02), ylim=(0,1.02))
+    ax.set_title(f'ECE {ece:.3f}')
     return ax
 
 # %% ../nbs/09_plots.ipynb #b68535fb
 def plot_step(
-    df:pd.DataFrame, # group, population, score; populations are `inliers` and those to compare, such as before and after
+    df:pd.DataFrame, # group, population, score; the populations are `inliers` and those to compare
     ax=None,
     inliers='inliers', # the population that is a band
 ): # Axes
     "Median and 5th to 95th percentile of each population, group by group"
-    _need(df, 'group', 'population', 'score'); ax = _axes(ax)
-    q = df.groupby(['group','population'], sort=False).score.quantile([.05,.5,.95]).unstack()
-    groups,others = list(df.group.unique()),[o for o in df.population.unique() if o != inliers]
-    for j,g in enumerate(groups):
-        if (g,inliers) in q.index: lo,mid,hi = q.loc[(g,inliers)]; ax.fill_between([j-.4,j+.4], lo, hi, color='.88', lw=0); ax.hlines(mid, j-.4, j+.4, color='.6', lw=1)
-        for k,(p,mark) in enumerate(zip(others, 'ovsX')):
-            if (g,p) not in q.index: continue
-            x = j + .28*(k - (len(others)-1)/2); lo,mid,hi = q.loc[(g,p)]
-            ax.plot([x,x], [lo,hi], 'k-', lw=1.2); ax.plot(x, mid, mark, color='k', mfc='w', ms=5, label=p if g == next(o for o in groups if (o,p) in q.index) else None)
-    ax.set_xticks(range(len(groups)), groups); ax.set_ylabel('energy')
+    _need(df, 'group', 'population', 'score')
+    ax = _axes(ax)
+    groups = list(df.group.unique())
+    others = [o for o in df.population.unique() if o != inliers]
+    looks = dict(zip(others, zip(_side_by_side(len(others)), _looks())))
+    unnamed = dict(zip(others, others)) # the legend names each once
+    quantiles = df.groupby(['group','population'], sort=False).score.quantile([.05,.5,.95])
+    for (group,name),(lo,mid,hi) in quantiles.unstack(sort=False).iterrows():
+        x = groups.index(group)
+        if name == inliers:
+            ax.fill_between([x-.4,x+.4], lo, hi, color='.88', lw=0)
+            ax.hlines(mid, x-.4, x+.4, color='.6', lw=1)
+        else:
+            shift,(color,_,mark) = looks[name]
+            ax.vlines(x+shift, lo, hi, color=color, lw=1.2)
+            ax.plot(x+shift, mid, mark, color=color, mfc='w', label=unnamed.pop(name, None))
+    ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel='energy')
     return _legend(ax)
 
 # %% ../nbs/09_plots.ipynb #517e4fc1
@@ -128,13 +177,21 @@ def plot_gains(
     ax=None,
 ): # Axes
     "Differences in points, with their intervals where the table has them"
-    df = df.reset_index(); _need(df, 'set', 'metric', 'diff', 'lo', 'hi'); ax = _axes(ax)
-    df = df[df.metric == metric]; sets = list(df.set.unique())
+    df = df.reset_index()
+    _need(df, 'set', 'metric', 'diff', 'lo', 'hi')
+    ax = _axes(ax)
+    df = df[df.metric == metric]
+    sets = list(df.set.unique())
     groups = list(df.groupby('against', sort=False)) if 'against' in df else [(None,df)]
-    for i,((k,o),mark,c) in enumerate(zip(groups, _marks, _greys)):
-        y = np.array([sets.index(n) for n in o.set]) + .56*(i - (len(groups)-1)/2)/len(groups)
-        ax.hlines(y, 100*o.lo, 100*o.hi, color=c, lw=1); ax.plot(100*o['diff'], y, mark, color=c, mfc='w', ms=5, label=None if k is None else f'minus {k}')
-    ax.axvline(0, color='.6', ls=':', lw=1); ax.set_yticks(range(len(sets)), sets); ax.set_ylim(len(sets)-.5, -.5); ax.set_xlabel(f'points of {metric}')
+    for (against,rows),shift,(color,_,mark) in zip(groups, _side_by_side(len(groups), .56, .56), _looks()):
+        y = np.array([sets.index(o) for o in rows.set]) + shift
+        label = None if against is None else f'minus {against}'
+        ax.hlines(y, 100*rows.lo, 100*rows.hi, color=color, lw=1.2)
+        ax.plot(100*rows['diff'], y, mark, color=color, mfc='w', label=label)
+    ax.axvline(0, color='.6', ls=':', lw=1)
+    ax.set_yticks(range(len(sets)), sets)
+    ax.set_ylim(len(sets)-.5, -.5)
+    ax.set_xlabel(f'points of {metric}')
     return _legend(ax)
 
 # %% ../nbs/09_plots.ipynb #1831163f
@@ -143,13 +200,20 @@ def sliders(
     **ranges, # name: (least, most, step, first)
 ): # ipywidgets box
     "Sliders over the figure that `draw` makes"
-    try: from ipywidgets import FloatSlider, Image, VBox
+    try: from ipywidgets import FloatSlider, Image, IntSlider, VBox
     except ImportError: raise ImportError('sliders need ipywidgets: pip install ipywidgets') from None
-    bars = {k: FloatSlider(first, min=lo, max=hi, step=step, description=k, continuous_update=False) for k,(lo,hi,step,first) in ranges.items()}
-    picture = Image(format='png')
+    bars = {}
+    for name,(lo,hi,step,first) in ranges.items():
+        whole = all(isinstance(o, int) for o in (lo, hi, step, first))
+        kind = IntSlider if whole else FloatSlider
+        bars[name] = kind(first, min=lo, max=hi, step=step, description=name, continuous_update=False)
+    picture = Image(format='png', layout=dict(align_self='flex-start')) # else the box stretches it to its own width
     def update(*_):
-        fig,png = draw(**{k: o.value for k,o in bars.items()}),BytesIO()
-        fig.savefig(png, format='png', bbox_inches='tight'); plt.close(fig); picture.value = png.getvalue()
-    for o in bars.values(): o.observe(update, 'value')
+        fig = draw(**{name: bar.value for name,bar in bars.items()})
+        png = BytesIO()
+        fig.savefig(png, format='png', dpi='figure', bbox_inches='tight')
+        plt.close(fig)
+        picture.value = png.getvalue()
+    for bar in bars.values(): bar.observe(update, 'value')
     update()
     return VBox([*bars.values(), picture])

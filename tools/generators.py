@@ -18,7 +18,7 @@ from aoe_nb.attack import FGSM, eval_mode
 from aoe_nb.data import inliers
 from aoe_nb.energy import energy
 from aoe_nb.generate import frechet_distance, generator_path, load_generator, nearest
-from aoe_nb.loaders import pixel_batches
+from aoe_nb.stream import pixel_batches
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
 from aoe_nb.peers import _features
 from aoe_nb.poster import fixed_subset, load_start, starts
