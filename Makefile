@@ -1,15 +1,26 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both make .venv from settings.ini first.
 PYTHON ?= python3
 BIN = .venv/bin/
+PLAIN = tests tools benchmarks setup.py
 export MPLBACKEND = agg
+
+# Work on small images is done before a second thread has woken up; on a busy machine two threads wait for each other.
+demo test: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test
 demo: .venv/ready
 	$(BIN)aoe_demo
 
+# The tests run beside the notebooks, and say last what was skipped.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)nbdev_test --n_workers 2 --timing
-	$(BIN)pytest -q tests
+	$(BIN)ruff check .
+	$(BIN)ruff format --check $(PLAIN)
+	@log=$$(mktemp); \
+	$(BIN)pytest -q --durations=10 tests >$$log 2>&1 & tests=$$!; \
+	$(BIN)nbdev_test --n_workers 2 --timing --do_print; notebooks=$$?; \
+	wait $$tests; tests=$$?; \
+	cat $$log; rm -f $$log; \
+	test $$notebooks -eq 0 -a $$tests -eq 0
 
 .venv/ready: settings.ini setup.py
 	$(PYTHON) -m venv .venv
@@ -18,12 +29,18 @@ test: .venv/ready
 	$(BIN)python -m pip install -q --no-deps torchattacks
 	touch $@
 
-.PHONY: readme site results
+.PHONY: tidy readme site results
+tidy: .venv/ready
+	$(BIN)nbdev_export
+	$(BIN)python tools/collapse.py
+	$(BIN)nbdev_clean
+	$(BIN)ruff format -q $(PLAIN)
+
 readme: .venv/ready
-	$(BIN)python tests/readme.py
+	$(BIN)python tools/readme.py
 
 site: .venv/ready
-	$(BIN)python tests/website.py
+	$(BIN)python tools/website.py
 
 results: .venv/ready
 	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done

@@ -15,10 +15,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / 'tools'))
 
 
 def pytest_terminal_summary(terminalreporter):
-    skipped = terminalreporter.stats.get('skipped', [])
-    terminalreporter.section('skipped, and why')
-    for report in skipped:
+    skipped = {}
+    for report in terminalreporter.stats.get('skipped', []):
         why = report.longrepr[2].removeprefix('Skipped: ')
-        terminalreporter.line(f'{report.nodeid}: {why}')
+        skipped.setdefault((report.nodeid.partition('[')[0], why), []).append(report)
+    terminalreporter.section('skipped, and why')
+    for (name, why), reports in skipped.items():
+        times = f' ({len(reports)} times)' if len(reports) > 1 else ''
+        terminalreporter.line(f'{name}{times}: {why}')
     if not skipped:
         terminalreporter.line('nothing')
