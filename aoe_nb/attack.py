@@ -17,55 +17,72 @@ _norms = 'linf','l2'
 
 def _widest(x, lo, hi, norm):
     "The largest distance that two valid images can have"
-    return (hi-lo).max()*(1 if norm == 'linf' else math.sqrt(x[0].numel() if len(x) else 1))
+    side = (hi-lo).max()
+    return side if norm == 'linf' else side*math.sqrt(x[0].numel())
 
 def _check(x, eps, lo, hi, norm='linf'):
-    "Refuse what would give a meaningless attack; hand back a plain `x` and `eps`, `lo`, `hi` as tensors beside it"
-    if not x.is_floating_point(): raise TypeError(f'x has dtype {x.dtype}: attacks need floating point images in [lo, hi]; divide uint8 images by 255')
+    "Refuse what would give a meaningless attack; return a plain copy of `x` and the rest as tensors beside it"
+    if not x.is_floating_point():
+        raise TypeError(f'x has dtype {x.dtype}: attacks need floating point images in [lo, hi]; '
+                        'divide uint8 images by 255')
     with torch.inference_mode(False): x = x.detach().clone().as_subclass(Tensor)
     if norm not in _norms: raise ValueError(f'norm must be one of {", ".join(_norms)}, not {norm!r}')
     eps,lo,hi = (torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in (eps, lo, hi))
-    if not (eps.isfinite().all() and (eps >= 0).all()): raise ValueError(f'eps must be finite and at least 0, not {eps}')
-    if len(x) and (eps > _widest(x, lo, hi, norm)).any(): raise ValueError(f'eps={eps.max():g} is wider than [lo, hi]: eps is in pixels of that range, did you forget to divide by 255?')
+    if not (eps.isfinite() & (eps >= 0)).all():
+        raise ValueError(f'eps must be finite and at least 0, not {eps}')
+    if len(x) and (eps > _widest(x, lo, hi, norm)).any():
+        raise ValueError(f'eps={eps.max():g} is wider than [lo, hi]: eps is in pixels of that range, '
+                         'did you forget to divide by 255?')
     if x.numel() and not ((x >= lo) & (x <= hi)).all():
-        raise ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: attack pixels and normalise inside the loss, or pass lo and hi')
+        raise ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
+                         'attack pixels and normalise inside the loss, or pass lo and hi')
     return x,eps,lo,hi
 
+# %% ../nbs/02_attack.ipynb #02b00005
 def _at_least_0(name, v):
-    if v is not None and not ((v := torch.as_tensor(v)).isfinite() & (v >= 0)).all(): raise ValueError(f'{name} must be finite and at least 0, not {v}')
+    "Refuse a setting that is negative, infinite or NaN; None stands for its default"
+    if v is None: return
+    v = torch.as_tensor(v)
+    if not (v.isfinite() & (v >= 0)).all(): raise ValueError(f'{name} must be finite and at least 0, not {v}')
 
+def _check_runs(steps, restarts, random_start, alpha=None):
+    "Refuse a number of steps or restarts that would do nothing, or the same thing twice, and a step that is no length"
+    if steps < 1 or restarts < 1:
+        raise ValueError(f'steps and restarts must be at least 1, not {steps} and {restarts}')
+    _at_least_0('alpha', alpha)
+    if restarts > 1 and not random_start:
+        raise ValueError('restarts without random_start would all be the same run')
+
+# %% ../nbs/02_attack.ipynb #02b00007
 def _grad(x, loss):
-    "Gradient of `loss` with respect to `x`, and the loss it returned: of parameters none, no graph kept"
+    "The gradient of `loss` at `x`, and the loss: parameters get none, no graph is kept"
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().requires_grad_()
-        l = loss(x)
-        if not l.requires_grad: raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
-        g, = torch.autograd.grad(l.sum(), x)
-    if not g.sum().isfinite() and not g.isfinite().all(): raise FloatingPointError(f'{"NaN" if g.isnan().any() else "infinity"} in the gradient of the loss: look at the model on this batch, in float32')
-    return g,l.detach()
+        value = loss(x)
+        if not value.requires_grad:
+            raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
+        grad, = torch.autograd.grad(value.sum(), x)
+    # a finite sum clears all pixels at once; any other sum may be mere overflow, so look at each
+    if not grad.sum().isfinite() and not grad.isfinite().all():
+        what = 'NaN' if grad.isnan().any() else 'infinity'
+        raise FloatingPointError(f'{what} in the gradient of the loss: look at the model on this batch, in float32')
+    return grad,value.detach()
 
 # %% ../nbs/02_attack.ipynb #ee2828fc
-def _wide(v, x): return v.view(-1, *[1]*(x.ndim-1))
-def _pick(cond, a, b): return torch.where(_wide(cond, a), a, b)
+def _wide(v, x):
+    "One number an image, shaped to multiply images like `x`"
+    return v.view(-1, *[1]*(x.ndim-1))
 
 def _length(d):
     "The Euclidean length of each image in `d`, measured in float32 at least, never 0"
-    l = torch.linalg.vector_norm(d.flatten(1), dim=1, dtype=torch.promote_types(d.dtype, torch.float32))
-    return _wide(l.clamp(min=torch.finfo(l.dtype).tiny), d)
+    dtype = torch.promote_types(d.dtype, torch.float32)
+    length = torch.linalg.vector_norm(d.flatten(1), dim=1, dtype=dtype)
+    return _wide(length.clamp(min=torch.finfo(dtype).tiny), d)
 
 def _steepest(g, norm):
     "The step of size 1 along which a loss with gradient `g` grows fastest"
-    return g.sign() if norm == 'linf' else (g/_length(g)).to(g.dtype)
-
-def _within(x, eps, lo, hi, norm):
-    "The function that brings an image back to a valid one within `eps` of `x`"
-    if norm == 'linf':
-        least,most = (x-eps).clamp(lo, hi),(x+eps).clamp(lo, hi)
-        return lambda adv: adv.clamp(least, most)
-    def back(adv):
-        d = adv-x
-        return (x + (d*(eps/_length(d)).clamp(max=1)).to(d.dtype)).clamp(lo, hi)
-    return back
+    if norm == 'linf': return g.sign()
+    return (g/_length(g)).to(g.dtype)
 
 # %% ../nbs/02_attack.ipynb #ec2623c7
 def fgsm(
@@ -75,50 +92,73 @@ def fgsm(
     lo=0., hi=1., # range of valid pixels, numbers or broadcastable to x
     norm:str='linf', # how `eps` is measured: 'linf' or 'l2'
 )->Tensor: # like x
-    "One step of size `eps` down `loss`, signed (Goodfellow et al. 2015), or with `norm='l2'` straight along the gradient"
-    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
+    "One step of size `eps` down `loss`, signed (Goodfellow et al. 2015) or, in L2, straight along the gradient"
+    image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    return (xo - eps*_steepest(_grad(xo, loss)[0], norm)).clamp(lo, hi).as_subclass(type(x))
+    grad,_ = _grad(image, loss)
+    moved = image - eps*_steepest(grad, norm)
+    return moved.clamp(lo, hi).as_subclass(type(x))
+
+# %% ../nbs/02_attack.ipynb #02b00012
+def _within(x, eps, lo, hi, norm):
+    "The projection: a function that brings an image back to a valid one within `eps` of `x`"
+    if norm == 'linf':
+        least = (x-eps).clamp(lo, hi)
+        most = (x+eps).clamp(lo, hi)
+        return lambda adv: adv.clamp(least, most)
+    def back(adv):
+        d = adv-x
+        shrink = (eps/_length(d)).clamp(max=1)
+        return (x + (d*shrink).to(d.dtype)).clamp(lo, hi)
+    return back
 
 # %% ../nbs/02_attack.ipynb #b9fbb834
 def _start(x, eps, lo, hi, generator, norm='linf'):
     "A random point of the box, or of the ball, around `x`"
     kw = dict(generator=generator, device=x.device, dtype=x.dtype)
-    if norm == 'linf': return (x + eps*(2*torch.rand(x.shape, **kw) - 1)).clamp(lo, hi)
-    d = torch.randn(x.shape, **kw)
-    r = torch.rand(len(x), **kw)**(1/x[0].numel())
-    return (x + (eps*_wide(r, x)*d/_length(d)).to(x.dtype)).clamp(lo, hi)
+    if norm == 'linf':
+        offset = eps*(2*torch.rand(x.shape, **kw) - 1)
+        return (x + offset).clamp(lo, hi)
+    direction = torch.randn(x.shape, **kw)
+    radius = torch.rand(len(x), **kw)**(1/x[0].numel())
+    offset = eps*_wide(radius, x)*direction/_length(direction)
+    return (x + offset.to(x.dtype)).clamp(lo, hi)
+
+# %% ../nbs/02_attack.ipynb #02b00015
+def _pick(cond, a, b):
+    "Image by image `a` where `cond`, else `b`"
+    return torch.where(_wide(cond, a), a, b)
+
+def _lower(best, new):
+    "Image by image the one of two points whose loss, its last entry, is lower"
+    won = new[-1] < best[-1]
+    return tuple(_pick(won, a, b) for a,b in zip(new, best))
 
 def _per_image(l, x):
     "`l`, after a check that it has one entry an image"
     if l.shape == x.shape[:1]: return l
-    raise ValueError(f'restarts and keep_best choose image by image and need a loss of shape ({len(x)},), this one has {tuple(l.shape)}: do not average over the batch')
+    raise ValueError(f'restarts and keep_best choose image by image and need a loss of shape ({len(x)},), '
+                     f'this one has {tuple(l.shape)}: do not average over the batch')
 
 def _better(best, x, loss):
-    "Image by image the lower of `best` (images, losses) and `x`"
-    with torch.inference_mode(False), torch.no_grad(): l = _per_image(loss(x), x)
-    if l.isnan().any(): raise FloatingPointError('the loss is NaN: look at the model on this batch, in float32')
-    if best is None: return x,l
-    won = l < best[1]
-    return _pick(won, x, best[0]),torch.where(won, l, best[1])
+    "The point of `x` and its loss, or `best` for the images on which that is lower"
+    with torch.inference_mode(False), torch.no_grad(): value = _per_image(loss(x), x)
+    if value.isnan().any(): raise FloatingPointError('the loss is NaN: look at the model on this batch, in float32')
+    return (x,value) if best is None else _lower(best, (x,value))
 
 # %% ../nbs/02_attack.ipynb #010db3ff
-def _descend(x, start, loss, eps, steps, alpha, lo, hi, decay=None, best=None, norm='linf'):
-    "`steps` steps from `start`, kept within `eps` of `x`; with `decay` along a decaying sum of gradients; with `best` returning the best"
-    adv,m,back = start,0.,_within(x, eps, lo, hi, norm)
+def _descend(start, loss, steps, alpha, back, norm, best=None):
+    "`steps` steps down `loss` from `start`; with `best`, a point, the best one met instead of the last"
+    adv = start
     for _ in range(steps):
-        g,l = _grad(adv, loss)
-        if best is not None:
-            won = _per_image(l, x) < best[1]
-            best = _pick(won, adv, best[0]),torch.where(won, l, best[1])
-        if decay is not None:
-            size = g.flatten(1).abs().mean(1).clamp(min=torch.finfo(g.dtype).tiny)
-            m = g = decay*m + g/_wide(size, g)
-        adv = back(_steepest(g, norm).mul_(-alpha).add_(adv))
+        grad,value = _grad(adv, loss)
+        if best is not None: best = _lower(best, (adv,_per_image(value, adv)))
+        step = _steepest(grad, norm).mul_(-alpha)
+        adv = back(step.add_(adv))
     return adv if best is None else _better(best, adv, loss)[0]
 
 # %% ../nbs/02_attack.ipynb #1126ad95
-def pgd(
+def pgd( # noqa: PLR0913
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,) or scalar, to be made smaller; (N,) with `restarts` or `keep_best`
     eps, # half-width of the box, number or broadcastable to x, 0 to hi-lo
@@ -132,21 +172,34 @@ def pgd(
     norm:str='linf', # how `eps` and `alpha` are measured: 'linf' (a box) or 'l2' (a ball)
 )->Tensor: # like x
     "Projected gradient descent on `loss` within `eps` of `x` (Madry et al. 2018)"
-    if steps < 1 or restarts < 1: raise ValueError(f'steps and restarts must be at least 1, not {steps} and {restarts}')
-    _at_least_0('alpha', alpha)
-    if restarts > 1 and not random_start: raise ValueError('restarts without random_start would all be the same run')
-    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
+    _check_runs(steps, restarts, random_start, alpha)
+    image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
     if alpha is None: alpha = 2.5*eps/steps
-    clean,best = _better(None, xo, loss) if keep_best else None,None
+    best = None
+    back = _within(image, eps, lo, hi, norm)
+    clean = _better(None, image, loss) if keep_best else None
     for _ in range(restarts):
-        start = _start(xo, eps, lo, hi, generator, norm) if random_start else xo
-        adv = _descend(xo, start, loss, eps, steps, alpha, lo, hi, best=clean, norm=norm)
-        best = _better(best, adv, loss) if restarts > 1 else (adv,None)
+        start = _start(image, eps, lo, hi, generator, norm) if random_start else image
+        adv = _descend(start, loss, steps, alpha, back, norm, clean)
+        best = _better(best, adv, loss) if restarts > 1 else (adv,)
     return best[0].as_subclass(type(x))
 
+# %% ../nbs/02_attack.ipynb #02b00022
+def _momentum_descend(start, loss, steps, alpha, decay, back, norm):
+    "`steps` steps from `start` along a decaying sum of gradients, each divided by its mean size (Dong et al., eq. 6)"
+    adv = start
+    momentum = 0.
+    for _ in range(steps):
+        grad,_ = _grad(adv, loss)
+        size = grad.flatten(1).abs().mean(1).clamp(min=torch.finfo(grad.dtype).tiny)
+        momentum = decay*momentum + grad/_wide(size, grad)
+        step = _steepest(momentum, norm).mul_(-alpha)
+        adv = back(step.add_(adv))
+    return adv
+
 # %% ../nbs/02_attack.ipynb #38223206
-def mifgsm(
+def mifgsm( # noqa: PLR0913
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,) or scalar, to be made smaller
     eps, # half-width of the box, or radius of the ball, number or broadcastable to x, 0 to hi-lo
@@ -158,38 +211,79 @@ def mifgsm(
 )->Tensor: # like x
     "Momentum iterative FGSM on `loss` (Dong et al. 2018)"
     if steps < 1: raise ValueError(f'steps must be at least 1, not {steps}')
-    _at_least_0('alpha', alpha); _at_least_0('decay', decay)
-    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
+    _at_least_0('alpha', alpha)
+    _at_least_0('decay', decay)
+    image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    return _descend(xo, xo, loss, eps, steps, eps/steps if alpha is None else alpha, lo, hi, decay=decay, norm=norm).as_subclass(type(x))
+    if alpha is None: alpha = eps/steps
+    back = _within(image, eps, lo, hi, norm)
+    adv = _momentum_descend(image, loss, steps, alpha, decay, back, norm)
+    return adv.as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #395b524b
 def _checkpoints(steps):
     "The steps after which APGD looks back: 22% of the way, then at intervals that shrink to 6%"
-    p = [0,.22]
-    while p[-1] < 1: p.append(p[-1] + max(p[-1]-p[-2]-.03, .06))
-    return sorted({math.ceil(o*steps - 1e-6) for o in p[1:] if o < 1})
+    shares = [0,.22]
+    while shares[-1] < 1:
+        period = shares[-1]-shares[-2]
+        shares.append(shares[-1] + max(period-.03, .06))
+    # what rounding left just above a whole number is that number
+    return sorted({math.ceil(o*steps - 1e-6) for o in shares[1:] if o < 1})
 
-def _adaptive(x, start, loss, eps, steps, rho, lo, hi, norm):
-    "`steps` steps of APGD from `start`, the best point of each image and its loss"
-    adv,old,at,back = start,start,start,_within(x, eps, lo, hi, norm)
-    (g,l),checks,since = _grad(start, loss),_checkpoints(steps),0
-    g_best,best,seen = g,_per_image(l, x),l
-    alpha,ups,halved = 2*eps*torch.ones_like(_wide(l, x)),torch.zeros_like(l),torch.ones_like(l, dtype=torch.bool)
+# %% ../nbs/02_attack.ipynb #02b00026
+class _Progress:
+    "What APGD remembers of each image between two checkpoints"
+    def __init__(self, value, rho):
+        self.best = value # the lowest loss at the last checkpoint
+        self.rho = rho
+        self.halved = torch.ones_like(value, dtype=torch.bool)
+        self.restart()
+
+    def restart(self):
+        self.steps = 0
+        self.improved = torch.zeros_like(self.best)
+
+    def step(self, before, after):
+        self.steps += 1
+        self.improved += after < before
+
+    def stalled(self, best):
+        "Which images halve their step at this checkpoint, given their `best` losses so far"
+        condition1 = self.improved < self.rho*self.steps
+        condition2 = ~self.halved & (best == self.best)
+        self.halved = condition1 | condition2
+        self.best = best
+        self.restart()
+        return self.halved
+
+# %% ../nbs/02_attack.ipynb #02b00028
+def _adaptive(start, loss, steps, alpha, rho, back, norm):
+    "APGD from `start` with first steps of size `alpha` (Croce & Hein 2020, algorithm 1): the best point of each image"
+    adv = previous = start
+    grad,value = _grad(start, loss)
+    best = start,grad,_per_image(value, start)
+    size = alpha*torch.ones_like(_wide(value, start))
+    progress = _Progress(value, rho)
+    checkpoints = _checkpoints(steps)
     for k in range(1, steps+1):
-        to = back(adv - alpha*_steepest(g, norm))
-        adv,old,before = (back(adv + .75*(to-adv) + .25*(adv-old)) if k > 1 else to),adv,l
-        g,l = _grad(adv, loss) if k < steps else (g,_better(None, adv, loss)[1])
-        won = l < best; ups += l < before
-        at,g_best,best = _pick(won, adv, at),_pick(won, g, g_best),torch.where(won, l, best)
-        if k not in checks: continue
-        halved = (ups < rho*(k-since)) | (~halved & (best == seen))
-        alpha,adv,g = _pick(halved, alpha/2, alpha),_pick(halved, at, adv),_pick(halved, g_best, g)
-        seen,since,ups = best,k,torch.zeros_like(ups)
-    return at,best
+        moved = back(adv - size*_steepest(grad, norm))
+        if k > 1: moved = back(adv + .75*(moved-adv) + .25*(adv-previous)) # the momentum step
+        previous = adv
+        adv = moved
+        before = value
+        if k < steps: grad,value = _grad(adv, loss)
+        else: _,value = _better(None, adv, loss) # nobody needs the last gradient
+        progress.step(before, value)
+        best = _lower(best, (adv,grad,value))
+        if k in checkpoints:
+            stalled = progress.stalled(best[-1])
+            size = _pick(stalled, size/2, size)
+            adv = _pick(stalled, best[0], adv) # restart from the best
+            grad = _pick(stalled, best[1], grad)
+    return best[0],best[-1]
 
 # %% ../nbs/02_attack.ipynb #c2bc0f27
-def apgd(
+def apgd( # noqa: PLR0913
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,), to be made smaller
     eps, # half-width of the box, or radius of the ball, number or broadcastable to x
@@ -202,34 +296,54 @@ def apgd(
     norm:str='linf', # how `eps` is measured: 'linf' or 'l2'
 )->Tensor: # like x: the best point met, never worse than x
     "Auto-PGD: momentum, and a step size that halves, image by image, where progress stops (Croce & Hein 2020)"
-    if steps < 1 or restarts < 1: raise ValueError(f'steps and restarts must be at least 1, not {steps} and {restarts}')
-    if restarts > 1 and not random_start: raise ValueError('restarts without random_start would all be the same run')
-    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
+    _check_runs(steps, restarts, random_start)
+    image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    best = _better(None, xo, loss)
+    back = _within(image, eps, lo, hi, norm)
+    best = _better(None, image, loss)
     for _ in range(restarts):
-        adv,l = _adaptive(xo, _start(xo, eps, lo, hi, generator, norm) if random_start else xo, loss, eps, steps, rho, lo, hi, norm)
-        best = _pick(l < best[1], adv, best[0]),torch.minimum(l, best[1])
+        start = _start(image, eps, lo, hi, generator, norm) if random_start else image
+        best = _lower(best, _adaptive(start, loss, steps, 2*eps, rho, back, norm))
     return best[0].as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #991075bb
 def _side(q, n_queries, p, h, w):
     "The side of the square at query `q`: `p` of the area at first, halved on the way"
     halvings = bisect.bisect([10,50,200,500,1000,2000,4000,6000,8000], 10_000*q/n_queries)
-    return min(max(round(math.sqrt(p*h*w/2**halvings)), 1), h, w)
+    side = round(math.sqrt(p*h*w/2**halvings))
+    return min(max(side, 1), h, w)
 
-def _signs(shape, x, generator): return 2*torch.randint(0, 2, shape, generator=generator, device=x.device).to(x.dtype) - 1
+# %% ../nbs/02_attack.ipynb #02b00033
+def _signs(shape, x, generator):
+    "Random -1 and 1, of the kind of `x`"
+    bits = torch.randint(0, 2, shape, generator=generator, device=x.device)
+    return 2*bits.to(x.dtype) - 1
 
-def _squares(x, s, generator):
-    "For each image a mask with one square of side `s` at a random place"
+def _squares(x, side, generator):
+    "For each image a mask with one square at a random place"
     n,_,h,w = x.shape
     def line(size):
-        i = torch.arange(size, device=x.device) - torch.randint(0, size-s+1, (n,1), generator=generator, device=x.device)
-        return (i >= 0) & (i < s)
-    return line(h)[:,None,:,None] & line(w)[:,None,None,:]
+        first = torch.randint(0, size-side+1, (n,1), generator=generator, device=x.device)
+        offset = torch.arange(size, device=x.device) - first
+        return (offset >= 0) & (offset < side)
+    rows = line(h)
+    columns = line(w)
+    return rows[:,None,:,None] & columns[:,None,None,:]
+
+def _brightness(eps, area, norm):
+    "The change of each pixel that spends all of `eps` on `area` pixels"
+    return eps if norm == 'linf' else eps/math.sqrt(area)
+
+def _add_square(x, found, side, eps, generator, norm):
+    "`found` with a square in a random colour: in L-inf `x` in that colour, in L2 added to what is there"
+    n,c,_,_ = x.shape
+    mask = _squares(x, side, generator)
+    colour = _brightness(eps, c*side*side, norm)*_signs((n,c,1,1), x, generator)
+    base = x if norm == 'linf' else found
+    return torch.where(mask, base + colour, found)
 
 # %% ../nbs/02_attack.ipynb #6dc1b929
-def square(
+def square( # noqa: PLR0913
     x:Tensor, # (N,C,H,W), floating point in [lo, hi]
     loss, # x -> (N,), to be made smaller; needs no gradient
     eps, # half-width of the box, or radius of the ball, number or broadcastable to x, 0 to hi-lo
@@ -237,21 +351,21 @@ def square(
     p:float=.8, # share of the image that the first squares cover
     lo=0., hi=1., # range of valid pixels
     generator:torch.Generator=None, # of stripes, places and colours; default: the global one
-    norm:str='linf', # how `eps` is measured: 'linf', or 'l2', where squares are added and drawn back into the ball, simpler than in the paper
+    norm:str='linf', # how `eps` is measured: 'linf', or 'l2', where squares are added and drawn back into the ball
 )->Tensor: # like x: the best point met, never worse than x
     "Square Attack, random search without gradients (Andriushchenko et al. 2020)"
     if n_queries < 1: raise ValueError(f'n_queries must be at least 1, not {n_queries}')
     if x.ndim != 4: raise ValueError(f'squares need images of shape (N,C,H,W), not {tuple(x.shape)}')
-    xo,eps,lo,hi = _check(x, eps, lo, hi, norm)
+    image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    (n,c,h,w),back = x.shape,_within(xo, eps, lo, hi, norm)
-    def colour(area): return eps if norm == 'linf' else eps/math.sqrt(area) # spends all of eps on `area` pixels
-    best = _better(None, xo, loss)
-    best = _better(best, back(xo + colour(c*h*w)*_signs((n,c,1,w), xo, generator)), loss)
+    n,c,h,w = x.shape
+    back = _within(image, eps, lo, hi, norm)
+    best = _better(None, image, loss)
+    stripes = _brightness(eps, c*h*w, norm)*_signs((n,c,1,w), image, generator)
+    best = _better(best, back(image + stripes), loss)
     for q in range(1, n_queries):
-        s = _side(q, n_queries, p, h, w); mask = _squares(xo, s, generator)
-        new = colour(c*s*s)*_signs((n,c,1,1), xo, generator)
-        best = _better(best, back(torch.where(mask, (xo if norm == 'linf' else best[0]) + new, best[0])), loss)
+        new = _add_square(image, best[0], _side(q, n_queries, p, h, w), eps, generator, norm)
+        best = _better(best, back(new), loss)
     return best[0].as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #847b9551
@@ -262,9 +376,10 @@ def no_gradient(
     "Which images have a gradient of `loss` that is zero at every pixel, or none at all"
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().as_subclass(Tensor).requires_grad_()
-        l = loss(x)
-        if not l.requires_grad: return torch.ones(len(x), dtype=torch.bool, device=x.device)
-        return torch.autograd.grad(l.sum(), x)[0].flatten(1).abs().sum(1) == 0
+        value = loss(x)
+        if not value.requires_grad: return torch.ones(len(x), dtype=torch.bool, device=x.device)
+        grad, = torch.autograd.grad(value.sum(), x)
+    return grad.flatten(1).abs().sum(1) == 0
 
 # %% ../nbs/02_attack.ipynb #cf0bc269
 def gaussian(
@@ -274,9 +389,9 @@ def gaussian(
     lo=0., hi=1., # range of valid pixels
 )->Tensor: # like x, clamped to [lo, hi]
     "Add independent Gaussian noise of standard deviation `eps`"
-    xo,eps,lo,hi = _check(x, eps, lo, hi)
-    noise = torch.randn(xo.shape, generator=generator, device=xo.device, dtype=xo.dtype)
-    return (xo + eps*noise).clamp(lo, hi).as_subclass(type(x))
+    image,eps,lo,hi = _check(x, eps, lo, hi)
+    noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
+    return (image + eps*noise).clamp(lo, hi).as_subclass(type(x))
 
 def random_sign(
     x:Tensor, # (N,...), floating point in [lo, hi]
@@ -285,35 +400,47 @@ def random_sign(
     lo=0., hi=1., # range of valid pixels
 )->Tensor: # like x, clamped to [lo, hi]
     "Add `eps` or `-eps` to each pixel, at random"
-    xo,eps,lo,hi = _check(x, eps, lo, hi)
-    sign = 2*torch.randint(0, 2, xo.shape, generator=generator, device=xo.device).to(xo.dtype) - 1
-    return (xo + eps*sign).clamp(lo, hi).as_subclass(type(x))
+    image,eps,lo,hi = _check(x, eps, lo, hi)
+    noise = _signs(image.shape, image, generator)
+    return (image + eps*noise).clamp(lo, hi).as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #92c6382b
 def check_attack(f, name='attack'):
     "`f`, if it is None or moves images; a class has no size yet"
-    if f is None or (callable(f) and not isinstance(f, type)): return f
-    raise TypeError(f'{name} must be an attack with its size, such as FGSM(8/255), not {getattr(f, "__name__", repr(f))}')
+    if f is None: return f
+    if callable(f) and not isinstance(f, type): return f
+    given = getattr(f, '__name__', repr(f))
+    raise TypeError(f'{name} must be an attack with its size, such as FGSM(8/255), not {given}')
 
 def check_eps(eps, norm='linf'):
     "Refuse an `eps` that is negative, NaN or, in L-inf, above 1 when it is chosen, not in the middle of a run"
     e = torch.as_tensor(eps)
     if norm == 'l2' and ((e >= 0) & e.isfinite()).all(): return
-    if not ((e >= 0) & (e <= 1)).all(): raise ValueError(f'eps must lie in [0, 1], pixels of a [0,1] image, not {eps}: did you forget to divide by 255?')
+    if not ((e >= 0) & (e <= 1)).all():
+        raise ValueError(f'eps must lie in [0, 1], pixels of a [0,1] image, not {eps}: '
+                         'did you forget to divide by 255?')
+
+# %% ../nbs/02_attack.ipynb #02b00040
+class _Sized:
+    "Refuses an impossible `eps` when the attack is made"
+    def __post_init__(self): check_eps(self.eps, getattr(self, 'norm', 'linf'))
 
 @dataclass
-class FGSM:
+class FGSM(_Sized):
     "`fgsm` with its settings"
     eps:float # step per pixel of a [0,1] image
     norm:str='linf'
     vary:bool=False # a step of its own for each image, uniform in [0, eps]
-    def __post_init__(self): check_eps(self.eps, self.norm)
     def __call__(self, x, loss, generator=None, lo=0., hi=1.):
-        share = torch.rand(len(x), *[1]*(x.ndim-1), generator=generator, dtype=x.dtype, device=x.device) if self.vary else 1.
-        return fgsm(x, loss, self.eps*share, lo, hi, self.norm)
+        eps = self.eps
+        if self.vary:
+            one_each = len(x),*[1]*(x.ndim-1)
+            eps = eps*torch.rand(one_each, generator=generator, dtype=x.dtype, device=x.device)
+        return fgsm(x, loss, eps, lo, hi, self.norm)
 
+# %% ../nbs/02_attack.ipynb #02b00042
 @dataclass
-class PGD:
+class PGD(_Sized):
     "`pgd` with its settings"
     eps:float # half-width of the box, pixels of a [0,1] image
     steps:int=20
@@ -322,22 +449,22 @@ class PGD:
     random_start:bool=True
     keep_best:bool=False
     norm:str='linf'
-    def __post_init__(self): check_eps(self.eps, self.norm)
-    def __call__(self, x, loss, generator=None, lo=0., hi=1.): return pgd(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
+    def __call__(self, x, loss, generator=None, lo=0., hi=1.):
+        return pgd(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
 
 @dataclass
-class MIFGSM:
-    "`mifgsm` with its settings"
+class MIFGSM(_Sized):
+    "`mifgsm` with its settings; draws nothing from `generator`"
     eps:float # half-width of the box, pixels of a [0,1] image
     steps:int=20
     alpha:float=None
     decay:float=1.
     norm:str='linf'
-    def __post_init__(self): check_eps(self.eps, self.norm)
-    def __call__(self, x, loss, generator=None, lo=0., hi=1.): return mifgsm(x, loss, **vars(self), lo=lo, hi=hi)
+    def __call__(self, x, loss, generator=None, lo=0., hi=1.):
+        return mifgsm(x, loss, **vars(self), lo=lo, hi=hi)
 
 @dataclass
-class APGD:
+class APGD(_Sized):
     "`apgd` with its settings"
     eps:float # half-width of the box, pixels of a [0,1] image
     steps:int=20
@@ -345,32 +472,33 @@ class APGD:
     rho:float=.75
     random_start:bool=True
     norm:str='linf'
-    def __post_init__(self): check_eps(self.eps, self.norm)
-    def __call__(self, x, loss, generator=None, lo=0., hi=1.): return apgd(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
+    def __call__(self, x, loss, generator=None, lo=0., hi=1.):
+        return apgd(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
 
+# %% ../nbs/02_attack.ipynb #02b00044
 @dataclass
-class Square:
+class Square(_Sized):
     "`square` with its settings"
     eps:float # half-width of the box, pixels of a [0,1] image
     n_queries:int=1000
     p:float=.8
     norm:str='linf'
-    def __post_init__(self): check_eps(self.eps, self.norm)
-    def __call__(self, x, loss, generator=None, lo=0., hi=1.): return square(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
+    def __call__(self, x, loss, generator=None, lo=0., hi=1.):
+        return square(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
 
 @dataclass
-class Gaussian:
+class Gaussian(_Sized):
     "`gaussian` with its settings; looks at no loss"
     eps:float # standard deviation, pixels of a [0,1] image
-    def __post_init__(self): check_eps(self.eps)
-    def __call__(self, x, loss=None, generator=None, lo=0., hi=1.): return gaussian(x, self.eps, generator, lo, hi)
+    def __call__(self, x, loss=None, generator=None, lo=0., hi=1.):
+        return gaussian(x, self.eps, generator, lo, hi)
 
 @dataclass
-class RandomSign:
+class RandomSign(_Sized):
     "`random_sign` with its settings; looks at no loss"
     eps:float # step per pixel of a [0,1] image
-    def __post_init__(self): check_eps(self.eps)
-    def __call__(self, x, loss=None, generator=None, lo=0., hi=1.): return random_sign(x, self.eps, generator, lo, hi)
+    def __call__(self, x, loss=None, generator=None, lo=0., hi=1.):
+        return random_sign(x, self.eps, generator, lo, hi)
 
 # %% ../nbs/02_attack.ipynb #90c25cf2
 @contextmanager
@@ -379,4 +507,4 @@ def eval_mode(model):
     modes = [(m,m.training) for m in model.modules()]
     try: yield model.eval()
     finally:
-        for m,t in modes: m.training = t
+        for module,mode in modes: module.training = mode

@@ -22,80 +22,170 @@ def _bytes(x): return [hash(o.tobytes()) for o in x.numpy()]
 
 def _phash(x, desc):
     "64-bit perceptual hashes, as one unsigned integer each"
-    ims = _grey(x).round().byte().numpy()
-    return np.array([np.packbits(imagehash.phash(Image.fromarray(o)).hash).view(np.uint64)[0] for o in tqdm(ims, desc=f'hashing {desc}', disable=len(ims) < 20000, leave=False)])
+    images = _grey(x).round().byte().numpy()
+    hashes = []
+    for o in tqdm(images, desc=f'hashing {desc}', disable=len(images) < 20000, leave=False):
+        bits = imagehash.phash(Image.fromarray(o)).hash
+        hashes.append(np.packbits(bits).view(np.uint64)[0])
+    return np.array(hashes)
 
 def _close(a, b, bits=4, chunk=2000):
     "Pairs (i,j) of hashes in `a` and `b` that differ in at most `bits` of 64 bits"
-    return [(i+k, j) for i in range(0, len(a), chunk) for k,j in zip(*np.nonzero(np.bitwise_count(a[i:i+chunk,None] ^ b[None]) <= bits))]
+    pairs = []
+    for first in range(0, len(a), chunk):
+        differ = np.bitwise_count(a[first:first+chunk,None] ^ b[None])
+        i,j = np.nonzero(differ <= bits)
+        pairs += zip(i+first, j)
+    return pairs
 
 def _alike(a, b, corr=.97):
     "Whether two images are copies up to brightness and contrast"
     a,b = (o.float().flatten()-o.float().mean() for o in (a, b))
-    return min(a.std(), b.std()) > 4 and (a@b/(a.norm()*b.norm())) > corr
+    flat = min(a.std(), b.std()) <= 4
+    return not flat and (a@b/(a.norm()*b.norm())) > corr
 
 # %% ../nbs/12_audit.ipynb #0e17ac87
 def duplicates(
-    a:Images, b:Images, # two populations of one shape
+    a:Images, # a population
+    b:Images, # another one of the same shape
     near:bool=True, # also near copies
     hashes:dict=None, # kept between calls: {id of a population: its hashes}
 )->dict: # {'exact': number of images of `a` that are in `b`, 'near': of those that have a near copy there}
     "Images of `a` that sit in `b` too"
-    there = set(_bytes(b.x)); exact = sum(o in there for o in _bytes(a.x))
+    there = set(_bytes(b.x))
+    exact = sum(o in there for o in _bytes(a.x))
     if not near or a.x.shape[1:] != b.x.shape[1:]: return dict(exact=exact, near=exact)
-    hashes = {} if hashes is None else hashes
+    if hashes is None: hashes = {}
     for o in a,b:
         if id(o) not in hashes: hashes[id(o)] = _phash(o.x, o.name)
-    return dict(exact=exact, near=len({i for i,j in _close(hashes[id(a)], hashes[id(b)]) if _alike(a.x[i], b.x[j])}))
+    pairs = _close(hashes[id(a)], hashes[id(b)])
+    copied = {i for i,j in pairs if _alike(a.x[i], b.x[j])}
+    return dict(exact=exact, near=len(copied))
 
 # %% ../nbs/12_audit.ipynb #e0993613
-def _diff(x, d): return (x.narrow(d, 1, x.shape[d]-1) - x.narrow(d, 0, x.shape[d]-1)).abs()
+def _diff(x, d):
+    "The steps between neighbours along dimension `d`"
+    n = x.shape[d]-1
+    return (x.narrow(d, 1, n) - x.narrow(d, 0, n)).abs()
 
 def blockiness(x):
-    "How much larger steps across the 8-pixel grid of JPEG are than steps elsewhere; images of uint8 (N,C,H,W) -> (N,)"
+    "How much larger steps across JPEG's 8-pixel grid are than steps elsewhere; images of uint8 (N,C,H,W) -> (N,)"
     def one(d):
-        s = _diff(_grey(x), d).mean(3-d); on = torch.arange(s.shape[1]) % 8 == 7
-        return (s[:,on].mean(1)+1)/(s[:,~on].mean(1)+1) if on.any() else torch.ones(len(x))
+        steps = _diff(_grey(x), d).mean(3-d)
+        on_grid = torch.arange(steps.shape[1]) % 8 == 7
+        if not on_grid.any(): return torch.ones(len(x))
+        return (steps[:,on_grid].mean(1)+1)/(steps[:,~on_grid].mean(1)+1)
     return one(1) + one(2)
 
 def border(x):
     "How much darker or brighter the outermost pixels are than the rest"
-    g = _grey(x); rim = torch.ones(g.shape[1:], dtype=torch.bool); rim[1:-1,1:-1] = False
-    return (g[:,rim].mean(1) - g[:,~rim].mean(1)).abs()
+    grey = _grey(x)
+    rim = torch.ones(grey.shape[1:], dtype=torch.bool)
+    rim[1:-1,1:-1] = False
+    return (grey[:,rim].mean(1) - grey[:,~rim].mean(1)).abs()
 
-cues = dict(brightness=lambda x: _grey(x).mean((1,2)), contrast=lambda x: _grey(x).std((1,2)), colour=lambda x: x.float().std(1, correction=0).mean((1,2)),
-            smoothness=lambda x: -_diff(_grey(x), 2).mean((1,2)), blockiness=blockiness, border=border)
+# %% ../nbs/12_audit.ipynb #12b00006
+cues = dict(
+    brightness=lambda x: _grey(x).mean((1,2)),
+    contrast=lambda x: _grey(x).std((1,2)),
+    colour=lambda x: x.float().std(1, correction=0).mean((1,2)),
+    smoothness=lambda x: -_diff(_grey(x), 2).mean((1,2)),
+    blockiness=blockiness,
+    border=border)
 
 def cue_auroc(
-    x_in:Tensor, x_out:Tensor, # uint8 images (N,C,H,W)
+    x_in:Tensor, # uint8 images (N,C,H,W)
+    x_out:Tensor, # the same of the outliers
 )->dict: # AUROC of each cue, at least one half
     "How well each trivial cue tells `x_out` from `x_in`, pointing the better way"
-    res = {k: ood_metrics(f(x_in).nan_to_num(), f(x_out).nan_to_num())['AUROC'] for k,f in cues.items()}
-    return {k: max(v, 1-v) for k,v in res.items()}
+    aurocs = {}
+    for name,cue in cues.items():
+        auroc = ood_metrics(cue(x_in).nan_to_num(), cue(x_out).nan_to_num())['AUROC']
+        aurocs[name] = max(auroc, 1-auroc)
+    return aurocs
 
 # %% ../nbs/12_audit.ipynb #5cabb793
-def _names(o): return {re.sub(r'[^a-z]+', ' ', w.lower()).strip() for c in (o.classes or []) for w in str(c).split(',')} - {''}
+def _names(o):
+    "The names of all classes and of their synonyms, in plain small letters"
+    names = set()
+    for c in o.classes or []:
+        for synonym in str(c).split(','):
+            names.add(re.sub(r'[^a-z]+', ' ', synonym.lower()).strip())
+    return names - {''}
 
 def _shared_names(a, b):
     "Class names on both sides, and words that a name of one side shares with a whole name of the other"
-    both = _names(a) & _names(b)
-    words = {f'{x} ~ {y}' for x in _names(a) for y in _names(b) if x != y and (x in y.split() or y in x.split())}
-    return sorted(both),sorted(words)
-
-def _spans(o): return o.x[:5000].float().flatten().quantile(torch.tensor([.001,.999])).tolist() if o.x[:5000].numel() < 16_000_000 else np.quantile(o.x[:5000].numpy(), [.001,.999]).tolist()
+    names_a = _names(a)
+    names_b = _names(b)
+    words = set()
+    for x in names_a:
+        for y in names_b:
+            if x != y and (x in y.split() or y in x.split()): words.add(f'{x} ~ {y}')
+    return sorted(names_a & names_b),sorted(words)
 
 # %% ../nbs/12_audit.ipynb #467ed15c
 def normalisation_faults(
     learn, # a learner; images normalised inside its model are left to it
 )->list: # of sentences
     "What is wrong with how a learner's pipelines normalise"
-    tr,va = Pixels(learn.dls.train).norm,Pixels(learn.dls.valid).norm
-    if (tr is None) != (va is None): return ['training and validation: only one of them normalises']
-    if tr is None: return []
-    if not all(torch.allclose(a.cpu(), b.cpu(), atol=1e-4) for a,b in ((tr.mean, va.mean), (tr.std, va.std))): return ['training and validation normalise with different constants']
+    train = Pixels(learn.dls.train).norm
+    valid = Pixels(learn.dls.valid).norm
+    if (train is None) != (valid is None): return ['training and validation: only one of them normalises']
+    if train is None: return []
+    for a,b in (train.mean,valid.mean),(train.std,valid.std):
+        if not torch.allclose(a.cpu(), b.cpu(), atol=1e-4):
+            return ['training and validation normalise with different constants']
     x = learn.dls.train.one_batch()[0].as_subclass(Tensor)
-    m,s = x.mean((0,2,3)).abs().max().item(),x.std((0,2,3))
-    return [f'inliers come out with mean up to {m:.2f} and sd {s.min():.2f} to {s.max():.2f}, not near 0 and 1: the constants belong to other data'] if m > .5 or s.min() < .5 or s.max() > 2 else []
+    mean = x.mean((0,2,3)).abs().max().item()
+    sd = x.std((0,2,3))
+    if mean <= .5 and sd.min() >= .5 and sd.max() <= 2: return []
+    return [f'inliers come out with mean up to {mean:.2f} and sd {sd.min():.2f} to {sd.max():.2f}, '
+            'not near 0 and 1: the constants belong to other data']
+
+# %% ../nbs/12_audit.ipynb #12b00014
+def _row(check, of, against, found, verdict):
+    return dict(check=check, of=of, against=against, found=found, verdict=verdict)
+
+def _check_duplicates(a, b, near, hashes):
+    n = duplicates(a, b, near, hashes)
+    verdict = 'fault' if n['exact'] or n['near'] else 'ok'
+    return [_row('duplicates', a.name, b.name, f'{n["exact"]} exact, {n["near"]} near', verdict)]
+
+def _check_names(a, b):
+    same,words = _shared_names(a, b)
+    names = same or words
+    if not names: return []
+    more = ' ...' if len(names) > 4 else ''
+    found = f'{len(names)}: ' + ', '.join(names[:4]) + more
+    return [_row('class names', a.name, b.name, found, 'fault' if same else 'warning')]
+
+# %% ../nbs/12_audit.ipynb #12b00016
+def _span(o):
+    "The range of pixels of the first 5,000 images, without a thousandth at each end"
+    x = o.x[:5000]
+    if x.numel() < 16_000_000: return x.float().flatten().quantile(torch.tensor([.001,.999])).tolist()
+    return np.quantile(x.numpy(), [.001,.999]).tolist() # torch refuses so many
+
+def _check_range(o, known, span):
+    lo,hi = _span(o)
+    known_lo,known_hi = span
+    shape = o.x.shape[1:]
+    off = hi < .5*known_hi or shape != known.x.shape[1:]
+    found = f'{"x".join(map(str, shape))}, {lo:.0f} to {hi:.0f} (inliers {known_lo:.0f} to {known_hi:.0f})'
+    return [_row('range', o.name, known.name, found, 'fault' if off else 'ok')]
+
+# %% ../nbs/12_audit.ipynb #12b00018
+def _some(o, n):
+    "`n` images of `o`, always the same"
+    order = torch.randperm(len(o), generator=torch.Generator().manual_seed(0))
+    return o.x[order[:n]]
+
+def _check_cues(o, known, n):
+    if o.x.shape[1:] != known.x.shape[1:]: return []
+    aurocs = cue_auroc(_some(known, n), _some(o, n))
+    best = max(aurocs, key=aurocs.get)
+    verdict = 'warning' if aurocs[best] > .75 else 'ok'
+    return [_row('trivial cue', o.name, known.name, f'{best} alone: AUROC {aurocs[best]:.2f}', verdict)]
 
 # %% ../nbs/12_audit.ipynb #75cd4023
 def audit(
@@ -107,25 +197,18 @@ def audit(
     near:bool=True, # look for near copies too
 )->pd.DataFrame: # check, of, against, found, verdict: 'fault', 'warning' or 'ok'
     "What would falsify an experiment with these populations"
-    rows,hashes,ins = [],{},list(known.values())
-    outs = list((sets or {}).values()) + ([exposed] if exposed is not None else [])
-    def add(check, of, against, found, verdict): rows.append(dict(check=check, of=of, against=against, found=found, verdict=verdict))
-    pairs = [(o, k) for o in outs for k in ins] + ([(exposed, o) for o in (sets or {}).values()] if exposed is not None else [])
-    for a,b in pairs:
-        d = duplicates(a, b, near, hashes)
-        add('duplicates', a.name, b.name, f'{d["exact"]} exact, {d["near"]} near', 'fault' if d['exact'] or d['near'] else 'ok')
-        same,words = _shared_names(a, b)
-        if names := same or words: add('class names', a.name, b.name, f'{len(names)}: ' + ', '.join(names[:4]) + (' ...' if len(names) > 4 else ''), 'fault' if same else 'warning')
-    lo,hi = _spans(ins[0])
-    for o in outs:
-        l,h = _spans(o); off = h < .5*hi or o.x.shape[1:] != ins[0].x.shape[1:]
-        add('range', o.name, ins[0].name, f'{"x".join(map(str, o.x.shape[1:]))}, {l:.0f} to {h:.0f} (inliers {lo:.0f} to {hi:.0f})', 'fault' if off else 'ok')
-    pick = lambda o: o.x[torch.randperm(len(o), generator=torch.Generator().manual_seed(0))[:n]]
-    for o in outs:
-        if o.x.shape[1:] != ins[0].x.shape[1:]: continue
-        k,v = max(cue_auroc(pick(ins[-1]), pick(o)).items(), key=lambda kv: kv[1])
-        add('trivial cue', o.name, ins[-1].name, f'{k} alone: AUROC {v:.2f}', 'warning' if v > .75 else 'ok')
-    for o in normalisation_faults(learn) if learn else []: add('normalisation', 'pipeline', '', o, 'fault')
+    ins = list(known.values())
+    seen = [] if exposed is None else [exposed]
+    new = list((sets or {}).values())
+    pairs = [(o,k) for o in new+seen for k in ins]
+    pairs += [(e,o) for e in seen for o in new] # nothing that was exposed may count as unseen
+    rows,hashes = [],{}
+    for a,b in pairs: rows += _check_duplicates(a, b, near, hashes) + _check_names(a, b)
+    span = _span(ins[0])
+    for o in new+seen: rows += _check_range(o, ins[0], span)
+    for o in new+seen: rows += _check_cues(o, ins[-1], n)
+    for fault in normalisation_faults(learn) if learn else []:
+        rows.append(_row('normalisation', 'pipeline', '', fault, 'fault'))
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_audit.ipynb #ae0448b6
@@ -138,11 +221,15 @@ def aoe_audit(
 ):
     "Check populations for what would falsify an experiment; exits with an error on a fault"
     try:
-        known = {s: inliers(id, s) for s in ('train','test')}
-        for s,o in known.items(): o.name = f'{id} {s}'
-        table = audit(known, outliers(exposed) if exposed else None, unseen(sets.split(',') if sets else 'all', id=id), near=bool(near))
+        known = {split: inliers(id, split) for split in ('train','test')}
+        for split,o in known.items(): o.name = f'{id} {split}'
+        shown = outliers(exposed) if exposed else None
+        new = unseen(sets.split(',') if sets else 'all', id=id)
+        table = audit(known, shown, new, near=bool(near))
     except (ValueError, OSError, ImportError) as e: raise SystemExit(f'aoe_audit: {e}')
     print(table.to_string(index=False))
     faults = int((table.verdict == 'fault').sum())
-    print(f'\n{faults} fault{"" if faults == 1 else "s"}, {int((table.verdict == "warning").sum())} warnings (a warning is a property of the set: say it beside its number)')
+    warnings = int((table.verdict == 'warning').sum())
+    print(f'\n{faults} fault{"" if faults == 1 else "s"}, {warnings} warnings '
+          '(a warning is a property of the set: say it beside its number)')
     if faults: raise SystemExit(1)

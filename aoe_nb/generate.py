@@ -9,7 +9,7 @@ __all__ = ['presets', 'Generator', 'Critic', 'GAN', 'Checkpoint', 'GANCallback',
 
 # %% ../nbs/11_generate.ipynb #e9c42d57
 import hashlib, json, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from torch import nn
@@ -17,11 +17,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.all import patch
 from fastcore.script import call_parse, store_true
+from .attack import eval_mode
 from .data import Images, inliers
+from .device import DeviceMixedPrecision, keep_memory
 from .loaders import RandomCropFlip
-from .device import DeviceMixedPrecision
 from .models import check_weights, save_weights, weights_file
-from .device import keep_memory
 from .record import check_writable, provenance, write_whole
 from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
@@ -34,8 +34,10 @@ class _ConditionalNorm(nn.Module):
     "BatchNorm whose scale and shift are linear in the condition `c`"
     def __init__(self, n, n_cond):
         super().__init__()
-        self.bn,self.cond = nn.BatchNorm2d(n, affine=False),nn.Linear(n_cond, 2*n, bias=False)
+        self.bn = nn.BatchNorm2d(n, affine=False)
+        self.cond = nn.Linear(n_cond, 2*n, bias=False)
         nn.init.normal_(self.cond.weight, std=.02)
+
     def forward(self, x, c):
         scale,shift = self.cond(c)[...,None,None].chunk(2, 1)
         return torch.addcmul(shift, self.bn(x), 1+scale)
@@ -44,16 +46,21 @@ class _Up(nn.Module):
     "A residual block that doubles the side"
     def __init__(self, c_in, c_out, n_cond):
         super().__init__()
-        self.norm1,self.norm2 = _ConditionalNorm(c_in, n_cond),_ConditionalNorm(c_out, n_cond)
-        self.conv1,self.conv2,self.skip = nn.Conv2d(c_in, c_out, 3, padding=1),nn.Conv2d(c_out, c_out, 3, padding=1),nn.Conv2d(c_in, c_out, 1)
+        self.norm1 = _ConditionalNorm(c_in, n_cond)
+        self.norm2 = _ConditionalNorm(c_out, n_cond)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1)
+        self.up = partial(F.interpolate, scale_factor=2, mode='nearest')
+
     def forward(self, x, c):
-        up = partial(F.interpolate, scale_factor=2, mode='nearest')
-        y = up(self.conv1(F.relu(self.norm1(x, c))))
-        return self.conv2(F.relu(self.norm2(y, c))) + up(self.skip(x))
+        h = self.up(self.conv1(F.relu(self.norm1(x, c))))
+        h = self.conv2(F.relu(self.norm2(h, c)))
+        return h + self.up(self.skip(x))
 
 # %% ../nbs/11_generate.ipynb #f22898b3
 class Generator(nn.Module):
-    "Class-conditional generator in the manner of BigGAN (Brock et al. 2019): z (N,n_z) and classes (N,) -> images (N,c_out,side,side) in [0,1]"
+    "Class-conditional generator (Brock et al. 2019): z (N,n_z), classes (N,) -> images (N,c_out,side,side) in [0,1]"
     def __init__(self,
         n_classes:int=10,
         widths=(256,128,64), # channels at 4x4 and after each doubling; one more doubling makes pixels: three give 32x32
@@ -63,18 +70,26 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.config = dict(n_classes=n_classes, widths=list(widths), n_z=n_z, c_out=c_out, attention=attention)
-        self.n_z,self.n_classes,self.embed = n_z,n_classes,nn.Embedding(n_classes, n_z)
+        self.n_z = n_z
+        self.n_classes = n_classes
+        self.embed = nn.Embedding(n_classes, n_z)
         self.first = nn.Linear(2*n_z, 16*widths[0])
         self.blocks = nn.ModuleList([_Up(i, o, 2*n_z) for i,o in zip(widths, widths[1:])])
         self.attention = SelfAttention(widths[-2]) if attention else nn.Identity()
-        self.norm,self.last = nn.BatchNorm2d(widths[-1]),nn.Sequential(nn.Conv2d(widths[-1], 4*c_out, 3, padding=1), nn.PixelShuffle(2))
-        with torch.no_grad(): self.last[0].weight.copy_(icnr_init(self.last[0].weight, 2)) # the four pixels of a block start alike: no checkerboard
+        self.norm = nn.BatchNorm2d(widths[-1])
+        to_pixels = nn.Conv2d(widths[-1], 4*c_out, 3, padding=1)
+        with torch.no_grad(): to_pixels.weight.copy_(icnr_init(to_pixels.weight, 2)) # no checkerboard at the start
+        self.last = nn.Sequential(to_pixels, nn.PixelShuffle(2))
+
     def forward(self, z, y): return self.paint(z, self.embed(y))
+
     def paint(self, z, e):
         "Images of the latents `z` and the class embeddings `e`, which may lie between classes"
         c = torch.cat([z, e], 1)
         x = self.first(c).unflatten(1, (-1,4,4))
-        for i,b in enumerate(self.blocks): x = b(self.attention(x) if i == len(self.blocks)-1 else x, c)
+        for block in self.blocks:
+            if block is self.blocks[-1]: x = self.attention(x)
+            x = block(x, c)
         return self.last(F.relu(self.norm(x))).sigmoid()
 
 # %% ../nbs/11_generate.ipynb #8efd0a67
@@ -82,14 +97,20 @@ class _Down(nn.Module):
     "A residual block that halves the side, or keeps it"
     def __init__(self, c_in, c_out, halve=True):
         super().__init__()
-        def conv(i, o, k): return spectral_norm(nn.Conv2d(i, o, k, padding=k//2))
-        self.conv1,self.conv2,self.skip = conv(c_in, c_in, 3),conv(c_in, c_out, 3),conv(c_in, c_out, 1)
-        self.pool = partial(F.avg_pool2d, kernel_size=2) if halve else lambda x: x
-    def forward(self, x): return self.pool(self.conv2(F.relu(self.conv1(F.relu(x))))) + self.skip(self.pool(x))
+        def conv(i, o, size): return spectral_norm(nn.Conv2d(i, o, size, padding=size//2))
+        self.conv1 = conv(c_in, c_in, 3)
+        self.conv2 = conv(c_in, c_out, 3)
+        self.skip = conv(c_in, c_out, 1)
+        self.pool = nn.AvgPool2d(2) if halve else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.relu(x))
+        h = self.conv2(F.relu(h))
+        return self.pool(h) + self.skip(self.pool(x))
 
 # %% ../nbs/11_generate.ipynb #3c140d8c
 class Critic(nn.Module):
-    "Projection critic with spectral normalisation: images (N,c_in,side,side) in [0,1] and classes (N,) -> (N,), high for real ones"
+    "Projection critic: images (N,c_in,side,side) in [0,1], classes (N,) -> (N,), high for real ones"
     def __init__(self,
         n_classes:int=10,
         widths=(48,96,192), # channels at half the side, a quarter, ...
@@ -97,108 +118,200 @@ class Critic(nn.Module):
         attention:bool=False, # self-attention at half the side
     ):
         super().__init__()
-        self.first = nn.Sequential(nn.PixelUnshuffle(2), spectral_norm(nn.Conv2d(4*c_in, widths[0], 3, padding=1)))
+        from_pixels = nn.Conv2d(4*c_in, widths[0], 3, padding=1)
+        self.first = nn.Sequential(nn.PixelUnshuffle(2), spectral_norm(from_pixels))
         self.attention = SelfAttention(widths[0]) if attention else nn.Identity()
-        self.blocks = nn.Sequential(*[_Down(i, o) for i,o in zip(widths, widths[1:])], _Down(widths[-1], widths[-1], False))
-        self.last,self.embed = spectral_norm(nn.Linear(widths[-1], 1)),spectral_norm(nn.Embedding(n_classes, widths[-1]))
+        halving = [_Down(i, o) for i,o in zip(widths, widths[1:])]
+        self.blocks = nn.Sequential(*halving, _Down(widths[-1], widths[-1], halve=False))
+        self.last = spectral_norm(nn.Linear(widths[-1], 1))
+        self.embed = spectral_norm(nn.Embedding(n_classes, widths[-1]))
+
     def forward(self, x, y):
-        h = F.relu(self.blocks(self.attention(self.first(2*x-1)))).sum((2,3))
+        h = self.attention(self.first(2*x-1))
+        h = F.relu(self.blocks(h)).sum((2,3))
         return self.last(h)[:,0] + (self.embed(y)*h).sum(1)
 
 # %% ../nbs/11_generate.ipynb #ef6c27f7
 class GAN(nn.Module):
-    "Generator, its exponential average, and critic: real images (N,C,H,W) in [0,1] and classes (N,) -> the two hinge losses"
+    "Generator, its average, and critic: real images (N,C,H,W) in [0,1], classes (N,) -> the two hinge losses"
     def __init__(self, generator, critic, decay=.999):
         super().__init__()
-        self.generator,self.critic = generator,critic
-        self.ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)
+        self.generator = generator
+        self.critic = critic
+        average = get_ema_multi_avg_fn(decay)
+        self.ema = AveragedModel(generator, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+
     def forward(self, x, y):
-        fake = self.generator(torch.randn(len(x), self.generator.n_z, device=x.device), y)
+        z = torch.randn(len(x), self.generator.n_z, device=x.device)
+        fake = self.generator(z, y)
+        return self.loss_generator(fake, y),self.loss_critic(x, fake, y)
+
+    def loss_generator(self, fake, y):
+        "Low where the critic, whose weights are held, takes `fake` for real"
         self.critic.requires_grad_(False)
-        loss_g = -self.critic(fake, y).float().mean()
+        loss = -self.critic(fake, y).float().mean()
         self.critic.requires_grad_(True)
-        real,made = self.critic(torch.cat([x.to(fake.dtype), fake.detach()]), torch.cat([y,y])).float().chunk(2)
-        return loss_g,F.relu(1-real).mean() + F.relu(1+made).mean()
+        return loss
+
+    def loss_critic(self, x, fake, y):
+        "Low where the critic puts `x` above 1 and `fake`, from which no gradient goes back, below -1"
+        both = torch.cat([x.to(fake.dtype), fake.detach()])
+        real,made = self.critic(both, torch.cat([y,y])).float().chunk(2)
+        return F.relu(1-real).mean() + F.relu(1+made).mean()
 
 # %% ../nbs/11_generate.ipynb #e6558957
 def _sum(losses, y): return losses[0]+losses[1]
 def _split(model): return [params(model.generator), params(model.critic)]
 
+# %% ../nbs/11_generate.ipynb #11b00007
 @torch.no_grad()
 def _settle(g, n=2000, bs=200):
-    "BatchNorm statistics of the averaged generator `g` itself, over `n` images at sigma 1, in place of averages of another's"
+    "Give the generator `g` its own BatchNorm statistics, those of `n` images at sigma 1"
     norms = [m for m in g.modules() if isinstance(m, nn.BatchNorm2d)]
-    for m in norms: m.reset_running_stats(); m.momentum = None
-    dev,gen = next(g.parameters()).device,torch.Generator().manual_seed(0)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None # every batch counts the same
+    device = next(g.parameters()).device
+    gen = torch.Generator().manual_seed(0)
     g.train()
-    for _ in range(n//bs): g(torch.randn(bs, g.n_z, generator=gen).to(dev), torch.randint(g.n_classes, (bs,), generator=gen).to(dev))
-    for m in norms: m.momentum = .1
+    for _ in range(n//bs):
+        z = torch.randn(bs, g.n_z, generator=gen)
+        y = torch.randint(g.n_classes, (bs,), generator=gen)
+        g(z.to(device), y.to(device))
+    for norm in norms: norm.momentum = .1
     return g.eval()
 
 # %% ../nbs/11_generate.ipynb #35d693d3
 class Checkpoint(Callback):
     "After each epoch write model, optimizer and log to `path`.pth; random numbers depend on `seed` and the epoch alone"
     order = 60
-    def __init__(self, path, seed=0, about=None): self.path,self.seed,self.about,self.log = Path(path),seed,about,[] # `about`: recipe and data, which a resumed run must share
+    def __init__(self,
+        path, # of the checkpoint, without suffix
+        seed=0, # of the random numbers
+        about=None, # recipe and data, which a resumed run must share
+    ):
+        self.path = Path(path)
+        self.seed = seed
+        self.about = about
+        self.log = []
+
     def losses(self): return dict(loss=self.learn.loss.item())
+
     def before_epoch(self):
-        torch.manual_seed(1000*self.seed + self.epoch); self.dls.train.rng.seed(1000*self.seed + self.epoch)
-        self.seen,self.start = [],time.time()
+        seed = 1000*self.seed + self.epoch
+        torch.manual_seed(seed)
+        self.dls.train.rng.seed(seed)
+        self.seen = []
+        self.start = time.time()
+
     def after_loss(self):
         if self.training: self.seen.append(self.losses())
+
     def after_epoch(self):
         if not self.seen: return # skipped: done before
-        if not all(map(np.isfinite, self.seen[-1].values())): raise FloatingPointError(f'the loss became {self.seen[-1]} in epoch {self.epoch}: take a smaller learning rate')
-        self.log.append(dict(epoch=self.epoch) | {k: round(float(v), 4) for k,v in pd.DataFrame(self.seen).mean().items()} | dict(seconds=round(time.time()-self.start, 1)))
-        write_whole(self.path.with_suffix('.pth'), lambda f: torch.save(dict(model=self.model.state_dict(), opt=self.opt.state_dict(), log=self.log, about=self.about), f))
-    def resume(self):
-        "Bring the learner to the state of the checkpoint, if there is one; returns the number of epochs done"
-        f = self.path.with_suffix('.pth')
-        if not f.exists(): return 0
-        try: sd = torch.load(f, map_location=self.dls.device, weights_only=False)
-        except Exception as e: raise ValueError(f'cannot read the checkpoint {f} ({type(e).__name__}): remove it to start over') from None
-        if self.about and sd.get('about', self.about) != self.about: raise ValueError(f'{f} is a checkpoint of other data or another recipe: remove it, or choose another folder or seed')
-        if {k: v.shape for k,v in self.model.state_dict().items()} != {k: v.shape for k,v in sd['model'].items()}:
-            raise ValueError(f'{f} is a checkpoint of another architecture or number of classes: remove it, or choose another folder, preset or seed')
-        self.model.to(self.dls.device)
-        if self.learn.opt is None: self.learn.create_opt()
-        self.model.load_state_dict(sd['model']); self.opt.load_state_dict(sd['opt']); self.log = sd['log']
-        return len(self.log)
+        last = self.seen[-1]
+        if not all(map(np.isfinite, last.values())):
+            raise FloatingPointError(f'the loss became {last} in epoch {self.epoch}: take a smaller learning rate')
+        means = pd.DataFrame(self.seen).mean()
+        losses = {k: round(float(v), 4) for k,v in means.items()}
+        seconds = round(time.time()-self.start, 1)
+        self.log.append(dict(epoch=self.epoch, **losses, seconds=seconds))
+        state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), log=self.log, about=self.about)
+        write_whole(self.path.with_suffix('.pth'), lambda f: torch.save(state, f))
 
+# %% ../nbs/11_generate.ipynb #11b00009
+def _shapes(state): return {k: v.shape for k,v in state.items()}
+
+def _read_checkpoint(f, learn, about):
+    "What the checkpoint `f` holds, if `learn` can go on from it"
+    try: state = torch.load(f, map_location=learn.dls.device, weights_only=False)
+    except Exception as e:
+        raise ValueError(f'cannot read the checkpoint {f} ({type(e).__name__}): remove it to start over') from None
+    if about and state.get('about', about) != about:
+        raise ValueError(f'{f} is a checkpoint of other data or another recipe: '
+                         'remove it, or choose another folder or seed')
+    if _shapes(learn.model.state_dict()) != _shapes(state['model']):
+        raise ValueError(f'{f} is a checkpoint of another architecture or number of classes: '
+                         'remove it, or choose another folder, preset or seed')
+    return state
+
+# %% ../nbs/11_generate.ipynb #11b00010
+@patch
+def resume(self:Checkpoint):
+    "Bring the learner to the state of the checkpoint, if there is one; returns the number of epochs done"
+    f = self.path.with_suffix('.pth')
+    if not f.exists(): return 0
+    state = _read_checkpoint(f, self.learn, self.about)
+    self.model.to(self.dls.device)
+    if self.learn.opt is None: self.learn.create_opt()
+    self.model.load_state_dict(state['model'])
+    self.opt.load_state_dict(state['opt'])
+    self.log = state['log']
+    return len(self.log)
+
+# %% ../nbs/11_generate.ipynb #11b00012
 class GANCallback(Checkpoint):
     "Feeds a `GAN`, averages it, and after each epoch also draws a grid of samples, a column for each class"
     def losses(self): return dict(zip(('loss_g','loss_d'), (o.item() for o in self.pred)))
     def before_batch(self): self.learn.xb = (*self.xb, *self.yb)
     def after_step(self): self.model.ema.update_parameters(self.model.generator)
     def before_validate(self): raise CancelValidException()
+
     def after_epoch(self):
         super().after_epoch()
         if not self.seen: return
         from torchvision.utils import save_image
-        k = min(self.model.generator.n_classes, 10); x = _settle(self.model.ema.module).sample(8*self.model.generator.n_classes).x
-        save_image(x.unflatten(0, (8,-1))[:,:k].flatten(0, 1).float()/255, self.path.with_name(f'{self.path.name}-{self.epoch+1:03}.png'), nrow=k)
+        g = _settle(self.model.ema.module)
+        x = g.sample(8*g.n_classes).x
+        columns = min(g.n_classes, 10)
+        grid = x.unflatten(0, (8,-1))[:,:columns].flatten(0, 1)
+        f = self.path.with_name(f'{self.path.name}-{self.epoch+1:03}.png')
+        save_image(grid.float()/255, f, nrow=columns)
 
 # %% ../nbs/11_generate.ipynb #0dce6f46
 presets = dict(
-    tiny =dict(generator=dict(widths=[256,128,64], n_z=64), critic=dict(widths=[48,96,192]), epochs=7, bs=64, lr=[2e-4,4e-4], amp=None),
-    small=dict(generator=dict(widths=[384,192,96], n_z=96), critic=dict(widths=[96,192,384]), epochs=18, bs=64, lr=[2e-4,4e-4], amp=None),
-    big  =dict(generator=dict(widths=[512,256,128], n_z=128, attention=True), critic=dict(widths=[128,256,512], attention=True), epochs=200, bs=128, lr=[2e-4,4e-4], amp='bf16'))
+    tiny=dict(
+        generator=dict(widths=[256,128,64], n_z=64),
+        critic=dict(widths=[48,96,192]),
+        epochs=7, bs=64, lr=[2e-4,4e-4], amp=None),
+    small=dict(
+        generator=dict(widths=[384,192,96], n_z=96),
+        critic=dict(widths=[96,192,384]),
+        epochs=18, bs=64, lr=[2e-4,4e-4], amp=None),
+    big=dict(
+        generator=dict(widths=[512,256,128], n_z=128, attention=True),
+        critic=dict(widths=[128,256,512], attention=True),
+        epochs=200, bs=128, lr=[2e-4,4e-4], amp='bf16'))
 
+# %% ../nbs/11_generate.ipynb #11b00015
 def check_trainable(
     images, # `Images`
     bs=64, # images in a batch
     widths=None, # of the generator, if there is one
 ):
     "Refuse images that a class-conditional generator cannot be trained on"
-    if images.y is None: raise ValueError(f'{images.name} has no labels, and the generator is class-conditional: give Images with y and classes')
-    if len(images) < bs: raise ValueError(f'{images.name} has {len(images)} images, less than one batch of {bs}: a generator learns nothing from so few')
-    n = torch.bincount(images.y, minlength=len(images.classes))
-    if (n == 0).any(): raise ValueError(f'{images.name} has no image of {", ".join(str(c) for c,k in zip(images.classes, n) if not k)}: use select() to keep the classes that it has')
+    if images.y is None:
+        raise ValueError(f'{images.name} has no labels, and the generator is class-conditional: '
+                         'give Images with y and classes')
+    if len(images) < bs:
+        raise ValueError(f'{images.name} has {len(images)} images, less than one batch of {bs}: '
+                         'a generator learns nothing from so few')
+    counts = torch.bincount(images.y, minlength=len(images.classes))
+    if (counts == 0).any():
+        missing = ', '.join(str(c) for c,n in zip(images.classes, counts) if not n)
+        raise ValueError(f'{images.name} has no image of {missing}: use select() to keep the classes that it has')
     side = 4*2**len(widths or [])
-    if widths and tuple(images.x.shape[2:]) != (side,side): raise ValueError(f'these widths paint {side}x{side} images, {images.name} has {"x".join(map(str, images.x.shape[2:]))}: the side is 4 times 2 for each width')
+    shape = tuple(images.x.shape[2:])
+    if widths and shape != (side,side):
+        raise ValueError(f'these widths paint {side}x{side} images, {images.name} has {"x".join(map(str, shape))}: '
+                         'the side is 4 times 2 for each width')
 
-def data_digest(images): "Eight hex digits that stand for the images and their classes"; return hashlib.sha1(images.x.numpy().tobytes() + images.y.numpy().tobytes()).hexdigest()[:8]
+def data_digest(images):
+    "Eight hex digits that stand for the images and their classes"
+    data = images.x.numpy().tobytes() + images.y.numpy().tobytes()
+    return hashlib.sha1(data).hexdigest()[:8]
 
+# %% ../nbs/11_generate.ipynb #11b00017
 def gan_learner(
     images, # `Images` with labels: the inliers' training split and nothing else
     path, # where checkpoint and samples go, without suffix
@@ -209,16 +322,25 @@ def gan_learner(
     p = presets[preset] if isinstance(preset, str) else preset
     check_trainable(images, p['bs'], p['generator']['widths'])
     torch.manual_seed(seed)
-    k,c = len(images.classes),images.x.shape[1]
-    gan = GAN(Generator(k, c_out=c, **p['generator']), Critic(k, c_in=c, **p['critic'])).to(memory_format=torch.channels_last)
-    dls = images.dls(p['bs'], valid=images.take(slice(0,1)), batch_tfms=RandomCropFlip(0) if c == 3 else None, seed=seed)
-    learn = Learner(dls, gan, loss_func=_sum, opt_func=partial(Adam, mom=0., sqr_mom=.99), splitter=_split, wd=0., cbs=GANCallback(path, seed, dict(recipe=p, data=data_digest(images))))
+    k = len(images.classes)
+    c = images.x.shape[1]
+    generator = Generator(k, c_out=c, **p['generator'])
+    critic = Critic(k, c_in=c, **p['critic'])
+    gan = GAN(generator, critic).to(memory_format=torch.channels_last)
+    flip = RandomCropFlip(0) if c == 3 else None # digits are not flipped
+    dls = images.dls(p['bs'], valid=images.take(slice(0,1)), batch_tfms=flip, seed=seed)
+    checkpoint = GANCallback(path, seed, dict(recipe=p, data=data_digest(images)))
+    learn = Learner(dls, gan, loss_func=_sum, splitter=_split, wd=0.,
+                    opt_func=partial(Adam, mom=0., sqr_mom=.99), cbs=checkpoint)
     if p['amp']: learn.add_cb(DeviceMixedPrecision(amp_mode=p['amp']))
     learn.gan.resume()
     return learn
 
 # %% ../nbs/11_generate.ipynb #75617088
-def gan_schedule(lr): "Flat for 60% of the training, then down a cosine to a hundredth"; lr = np.array(lr); return combined_cos(.6, lr, lr, lr/100)
+def gan_schedule(lr):
+    "Flat for 60% of the training, then down a cosine to a hundredth"
+    lr = np.array(lr)
+    return combined_cos(.6, lr, lr, lr/100)
 
 def train_gan(
     images, # `Images` with labels: the inliers' training split and nothing else
@@ -231,20 +353,28 @@ def train_gan(
     p = presets[preset] if isinstance(preset, str) else preset
     check_writable(Path(path).parent, 200e6)
     learn = gan_learner(images, path, preset, seed)
-    done,lr = len(learn.gan.log),np.array(p['lr'])
+    done = len(learn.gan.log)
+    lr = np.array(p['lr'])
     if done < p['epochs']:
-        with nullcontext() if verbose else learn.no_bar(), nullcontext() if verbose else learn.no_logging(): learn.fit(p['epochs'], lr, cbs=ParamScheduler(dict(lr=gan_schedule(lr))), start_epoch=done)
+        with ExitStack() as quiet:
+            if not verbose:
+                quiet.enter_context(learn.no_bar())
+                quiet.enter_context(learn.no_logging())
+            learn.fit(p['epochs'], lr, cbs=ParamScheduler(dict(lr=gan_schedule(lr))), start_epoch=done)
     _settle(learn.model.ema.module)
     return learn
 
 # %% ../nbs/11_generate.ipynb #01f91711
 def _check_sample(n, sigma, blend=0.):
+    "Refuse a number of samples, or a place to sample from, that does not exist"
     if n < 1: raise ValueError(f'n must be at least 1, not {n}')
-    if not 0 < sigma < float('inf'): raise ValueError(f'sigma must be a positive number, not {sigma}: 1 is the training density, larger is further out')
+    if not 0 < sigma < float('inf'):
+        raise ValueError(f'sigma must be a positive number, not {sigma}: '
+                         '1 is the training density, larger is further out')
     if not 0 <= blend <= 1: raise ValueError(f'blend must lie in [0, 1], not {blend}')
 
 # %% ../nbs/11_generate.ipynb #c28906d5
-def _sampled(classes): "Names that are not those of inliers: a sample that was asked to be a cat is no cat"; return [f'sampled {c}' for c in classes]
+def _sampled(classes): return [f'sampled {c}' for c in classes]
 
 # %% ../nbs/11_generate.ipynb #41f6309d
 @patch
@@ -258,14 +388,21 @@ def sample(self:Generator,
 )->Images: # uint8, labelled with the class that each was asked to be
     "Images from the generator; the same for the same arguments on the same kind of machine"
     _check_sample(n, sigma, blend)
-    gen,dev = torch.Generator().manual_seed(seed),next(self.parameters()).device
-    z,y = sigma*torch.randn(n, self.n_z, generator=gen),torch.arange(n) % self.n_classes
-    other = (y + torch.randint(1, max(self.n_classes, 2), (n,), generator=gen)) % self.n_classes
-    was = self.training; self.eval()
-    try:
-        x = [self.paint(z[i:i+bs].to(dev), torch.lerp(self.embed(y[i:i+bs].to(dev)), self.embed(other[i:i+bs].to(dev)), blend)).float().mul(255).round().byte().cpu() for i in range(0, n, bs)]
-    finally: self.train(was)
-    return Images(torch.cat(x), y, _sampled(getattr(self, 'classes', None) or range(self.n_classes)), f'samples-{float(sigma)}')
+    gen = torch.Generator().manual_seed(seed)
+    z = sigma*torch.randn(n, self.n_z, generator=gen)
+    y = torch.arange(n) % self.n_classes
+    away = torch.randint(1, max(self.n_classes, 2), (n,), generator=gen)
+    other = (y+away) % self.n_classes
+    device = next(self.parameters()).device
+    x = []
+    with eval_mode(self):
+        for batch in zip(z.split(bs), y.split(bs), other.split(bs)):
+            zb,yb,ob = (o.to(device) for o in batch)
+            between = torch.lerp(self.embed(yb), self.embed(ob), blend)
+            images = self.paint(zb, between)
+            x.append(images.float().mul(255).round().byte().cpu())
+    classes = getattr(self, 'classes', None) or range(self.n_classes)
+    return Images(torch.cat(x), y, _sampled(classes), f'samples-{float(sigma)}')
 
 # %% ../nbs/11_generate.ipynb #9853c582
 def generator_path(
@@ -274,7 +411,7 @@ def generator_path(
     seed=0,
     folder='weights', # where generators are kept
 )->Path:
-    "Where the generator of that preset, data and seed belongs: `folder`, or this checkout's `weights/` if only that has it"
+    "Where that generator belongs: in `folder`, or in this checkout's `weights/` if only that has it"
     return weights_file(f'gan-{preset}-{Path(str(data)).name}-s{seed}.pt', folder)
 
 def save_generator(
@@ -292,8 +429,13 @@ def load_generator(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no generator {path}: make it with aoe_generate')
     about = check_weights(path)
-    try: g = Generator(**about['config']); g.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
-    except Exception as e: raise ValueError(f'{path} is no generator of this architecture ({type(e).__name__}: {str(e).splitlines()[0][:100]}): make it again with aoe_generate') from None
+    try:
+        g = Generator(**about['config'])
+        g.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    except Exception as e:
+        why = f'{type(e).__name__}: {str(e).splitlines()[0][:100]}'
+        raise ValueError(f'{path} is no generator of this architecture ({why}): '
+                         'make it again with aoe_generate') from None
     g.classes = about['classes']
     return g.eval()
 
@@ -306,21 +448,66 @@ class PCAGaussian:
     ):
         check_trainable(images, 2)
         x = images.x.flatten(1).float()/255
-        self.shape,self.classes = images.x.shape[1:],images.classes
+        self.shape = images.x.shape[1:]
+        self.classes = images.classes
         self.means = torch.stack([x[images.y == k].mean(0) for k in range(len(images.classes))])
-        n = min(n, *x.shape)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); _,s,self.v = torch.pca_lowrank(x - self.means[images.y], n, center=False)
+        centred = x - self.means[images.y]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _,s,self.v = torch.pca_lowrank(centred, min(n, *x.shape), center=False)
         self.std = s/len(x)**.5
+
     def sample(self, n, sigma=1., seed=0)->Images:
         "`n` images, uint8, labelled with the class whose mean they start from; see `Generator.sample`"
         _check_sample(n, sigma)
-        y,z = torch.arange(n) % len(self.classes),torch.randn(n, len(self.std), generator=torch.Generator().manual_seed(seed))
+        gen = torch.Generator().manual_seed(seed)
+        y = torch.arange(n) % len(self.classes)
+        z = torch.randn(n, len(self.std), generator=gen)
         x = self.means[y] + sigma*z*self.std @ self.v.T
-        return Images(x.clamp(0, 1).mul(255).round().byte().view(n, *self.shape), y, _sampled(self.classes), f'pca-{float(sigma)}')
+        x = x.clamp(0, 1).mul(255).round().byte()
+        return Images(x.view(n, *self.shape), y, _sampled(self.classes), f'pca-{float(sigma)}')
+
+# %% ../nbs/11_generate.ipynb #11b00030
+def _mixup(a, b, w):
+    "`w` times image `a` and the rest of `b` (mixup, Zhang et al. 2018)"
+    return torch.lerp(b.float(), a.float(), w[:,None,None,None]).round().byte()
+
+def _cutmix(a, b, w, g):
+    "Image `a` with a rectangle of `b` at a random place, a share `1-w` of the area (CutMix, Yun et al. 2019)"
+    n,_,height,width = a.shape
+    def inside(size):
+        side = ((1-w).sqrt()*size).round()[:,None]
+        first = (torch.rand(n, 1, generator=g)*(size-side+1)).floor()
+        at = torch.arange(size)[None]
+        return (at >= first) & (at < first+side)
+    rows = inside(height)
+    columns = inside(width)
+    return torch.where(rows[:,None,:,None] & columns[:,None,None,:], b, a)
+
+def _jigsaw(x, sigma, tiles, g):
+    "The images `x` with their tiles moved by about `sigma` places (jigsaw puzzles, Noroozi & Favaro 2016)"
+    n,c,h,w = x.shape
+    cut = x.view(n, c, tiles, h//tiles, tiles, w//tiles)
+    parts = cut.permute(0,2,4,1,3,5).flatten(1, 2)
+    place = torch.arange(tiles*tiles) + sigma*torch.randn(n, tiles*tiles, generator=g)
+    moved = parts[torch.arange(n)[:,None], place.argsort(1)]
+    rows = moved.unflatten(1, (tiles,tiles))
+    return rows.permute(0,3,1,4,2,5).reshape(n, c, h, w)
+
+# %% ../nbs/11_generate.ipynb #11b00032
+def _of_another_class(i, y, n_classes, g):
+    "For each index of `i` the index of a random image of another class, where `y` are the classes of all images"
+    order = y.argsort(stable=True)
+    size = torch.bincount(y, minlength=n_classes)
+    own_end = size.cumsum(0)[y[i]]
+    n_others = len(y) - size[y[i]]
+    jump = (torch.rand(len(i), generator=g)*n_others).long()
+    return order[(own_end+jump) % len(y)]
 
 # %% ../nbs/11_generate.ipynb #b324ecda
 class Mixed:
     "Outliers cut from labelled `Images`: 'mixup', 'cutmix' or 'jigsaw'"
+    _how = 'mixup','cutmix','jigsaw'
     def __init__(self,
         images, # `Images` with labels, of two classes at least unless for 'jigsaw'
         how:str='cutmix', # mixup (Zhang et al. 2018), cutmix (Yun et al. 2019) or jigsaw
@@ -328,35 +515,26 @@ class Mixed:
     ):
         if how not in self._how: raise ValueError(f'unknown mixture {how!r}: choose from {", ".join(self._how)}')
         check_trainable(images, 2)
-        if how == 'jigsaw' and any(o % tiles for o in images.x.shape[2:]): raise ValueError(f'{tiles} tiles do not divide the side of {images.name}, {images.x.shape[-1]}')
-        if how != 'jigsaw' and len(images.classes) < 2: raise ValueError(f'{how} mixes two classes, {images.name} has one: use jigsaw')
-        self.images,self.how,self.tiles = images,how,tiles
+        if how == 'jigsaw' and any(o % tiles for o in images.x.shape[2:]):
+            raise ValueError(f'{tiles} tiles do not divide the side of {images.name}, {images.x.shape[-1]}')
+        if how != 'jigsaw' and len(images.classes) < 2:
+            raise ValueError(f'{how} mixes two classes, {images.name} has one: use jigsaw')
+        self.images = images
+        self.how = how
+        self.tiles = tiles
+
     def sample(self, n, sigma=1., seed=0)->Images:
         "`n` images, uint8, without labels; a small `sigma` leaves an inlier nearly as it is"
         _check_sample(n, sigma)
-        g,x,y = torch.Generator().manual_seed(seed),self.images.x,self.images.y
-        i = torch.randint(len(x), (n,), generator=g)
-        if self.how == 'jigsaw': new = self._jigsaw(x[i], sigma, g)
+        g = torch.Generator().manual_seed(seed)
+        i = torch.randint(len(self.images), (n,), generator=g)
+        a = self.images.x[i]
+        if self.how == 'jigsaw': new = _jigsaw(a, sigma, self.tiles, g)
         else:
-            order,size = y.argsort(stable=True),torch.bincount(y, minlength=len(self.images.classes))
-            j = order[(size.cumsum(0)[y[i]] + (torch.rand(n, generator=g)*(len(x)-size[y[i]])).long()) % len(x)] # of any other class
+            b = self.images.x[_of_another_class(i, self.images.y, len(self.images.classes), g)]
             w = torch.from_numpy(np.random.default_rng(seed).beta(sigma, sigma, n)).float()
-            new = self._how[self.how](x[i], x[j], w, g)
+            new = _mixup(a, b, w) if self.how == 'mixup' else _cutmix(a, b, w, g)
         return Images(new, name=f'{self.how}-{float(sigma)}')
-    def _jigsaw(self, x, sigma, g):
-        t,(n,c,h,w) = self.tiles,x.shape
-        at = torch.arange(t*t) + sigma*torch.randn(n, t*t, generator=g)
-        parts = x.view(n, c, t, h//t, t, w//t).permute(0,2,4,1,3,5).flatten(1, 2)
-        parts = parts[torch.arange(n)[:,None], at.argsort(1)]
-        return parts.unflatten(1, (t,t)).permute(0,3,1,4,2,5).reshape(n, c, h, w)
-    def _mixup(a, b, w, g): return torch.lerp(b.float(), a.float(), w[:,None,None,None]).round().byte()
-    def _cutmix(a, b, w, g):
-        n,_,h,wd = a.shape
-        def inside(size):
-            side = ((1-w).sqrt()*size).round()[:,None]; lo = (torch.rand(n, 1, generator=g)*(size-side+1)).floor()
-            k = torch.arange(size)[None]; return (k >= lo) & (k < lo+side)
-        return torch.where(inside(h)[:,None,:,None] & inside(wd)[:,None,None,:], b, a)
-    _how = dict(mixup=_mixup, cutmix=_cutmix, jigsaw=None)
 
 # %% ../nbs/11_generate.ipynb #3e7a0329
 def frechet_distance(
@@ -365,24 +543,76 @@ def frechet_distance(
 )->float: # at least 0
     "Fréchet distance between the Gaussians fitted to two sets of features (Heusel et al. 2017)"
     a,b = (np.asarray(o, dtype=np.float64) for o in (a, b))
-    if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]: raise ValueError(f'two sets of at least two features of one length are compared, these have shapes {a.shape} and {b.shape}')
-    (ma,ca),(mb,cb) = ((o.mean(0), np.atleast_2d(np.cov(o.T))) for o in (a, b))
-    e = np.linalg.eigvals(ca@cb).real.clip(min=0) # of a product of two covariances: not negative
-    return float(max(((ma-mb)**2).sum() + np.trace(ca) + np.trace(cb) - 2*np.sqrt(e).sum(), 0))
+    if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
+        raise ValueError('two sets of at least two features of one length are compared, '
+                         f'these have shapes {a.shape} and {b.shape}')
+    mean_a,mean_b = (o.mean(0) for o in (a, b))
+    cov_a,cov_b = (np.atleast_2d(np.cov(o.T)) for o in (a, b))
+    # the eigenvalues of a product of two covariances are not negative, but for rounding
+    e = np.linalg.eigvals(cov_a@cov_b).real.clip(min=0)
+    means = ((mean_a-mean_b)**2).sum()
+    distance = means + np.trace(cov_a) + np.trace(cov_b) - 2*np.sqrt(e).sum()
+    return float(max(distance, 0))
 
+# %% ../nbs/11_generate.ipynb #11b00039
 def nearest(
     x, # (N,...), uint8 images or float features
     known, # (M,...), the same kind
     bs:int=200,
 )->tuple: # distance (N,), root mean square per pixel or feature, in units of the input; index (N,)
     "For each of `x` the nearest of `known`"
-    a,b = (torch.as_tensor(o).flatten(1).float() for o in (x, known)); res = []
-    for o in a.split(bs): d,i = torch.cdist(o, b).min(1); res.append((d/a.shape[1]**.5, i))
-    return tuple(map(torch.cat, zip(*res)))
+    a,b = (torch.as_tensor(o).flatten(1).float() for o in (x, known))
+    distances,indices = [],[]
+    for batch in a.split(bs):
+        d,i = torch.cdist(batch, b).min(1)
+        distances.append(d/a.shape[1]**.5)
+        indices.append(i)
+    return torch.cat(distances),torch.cat(indices)
+
+# %% ../nbs/11_generate.ipynb #a731e9af
+def _train_and_keep(data, preset, seed, path, run, retrain):
+    "Train and put the generator where it belongs"
+    images = inliers(data, 'train')
+    keep_memory()
+    checkpoint = run/'train.pth'
+    if retrain and checkpoint.exists() and path.exists(): # a whole one; a killed retraining goes on
+        path.unlink()
+        checkpoint.unlink()
+    print(f'training {path.stem}: {presets[preset]["epochs"]} epochs, grids of samples in {run}')
+    learn = train_gan(images, run/'train', preset, seed)
+    log = learn.gan.log
+    g = learn.model.ema.module
+    g.classes = images.classes
+    save_generator(
+        g, path, data=str(data), digest=data_digest(images), split='train', n=len(images), preset=preset,
+        recipe=presets[preset], seed=seed, seconds=round(sum(o['seconds'] for o in log), 1), log=log)
+    return path
+
+def _find_or_train(path, data, preset, seed, weights, run, retrain):
+    "The path of the generator for `data`, trained if it is not there or `retrain` says so"
+    if retrain or not path.exists():
+        return _train_and_keep(data, preset, seed, Path(weights)/path.name, run, retrain)
+    if Path(data).is_dir() and check_weights(path).get('digest') != data_digest(inliers(data)):
+        raise ValueError(f'{path} was trained on other images than those in {data}: give another folder for weights')
+    return path
+
+def _write_samples(path, run, started, n, sigma, seed, blend, **about):
+    "Sample from the generator at `path` into a file in `run`, with its origin beside it"
+    name = f'samples-{float(sigma)}'
+    if blend: name += f'-blend{blend:g}'
+    if seed: name += f'-s{seed}'
+    f = run/f'{name}.npz'
+    x = load_generator(path).sample(n, sigma, seed, blend).x.numpy()
+    write_whole(f, lambda o: np.savez(o, x=x))
+    sha = hashlib.sha256(x.tobytes()).hexdigest()
+    about = dict(model=path.name, **about, sigma=sigma, blend=blend, n=n, seed=seed, sha256=sha, **provenance())
+    about['seconds'] = round(time.time()-started, 1)
+    write_whole(f.with_suffix('.json'), json.dumps(about, indent=1))
+    print(f'{f}\n{f.with_suffix(".json")}')
 
 # %% ../nbs/11_generate.ipynb #df8689c0
 @call_parse
-def aoe_generate(
+def aoe_generate( # noqa: PLR0913
     data:str='cifar10', # Inliers: cifar10, cifar100, or a folder with train/CLASS/ and test/CLASS/
     preset:str='tiny', # Size of the networks: tiny, small or big
     sigma:float=7, # Scale of the latent vector: 1 like the inliers, larger further out
@@ -394,32 +624,16 @@ def aoe_generate(
     weights:str='weights', # Folder where trained generators are kept
     retrain:store_true=False, # Train again even if the generator is there
 ):
-    "Sample outliers from a generator trained on the inliers, training it first if it is not there; run again, a killed training goes on"
+    "Sample outliers from a generator trained on the inliers; run again, a training that was killed goes on"
     t = time.time()
     try:
         if preset not in presets: raise ValueError(f'unknown preset {preset!r}: choose from {", ".join(presets)}')
         _check_sample(n, sigma, blend)
-        path = generator_path(preset, data, seed, weights); run = Path(out)/path.stem
+        path = generator_path(preset, data, seed, weights)
+        run = Path(out)/path.stem
         check_writable(run, 3100*n + 200e6)
-        if retrain or not path.exists(): path = _train_and_keep(data, preset, seed, Path(weights)/path.name, run, retrain)
-        elif Path(data).is_dir() and check_weights(path).get('digest') != data_digest(inliers(data)): raise ValueError(f'{path} was trained on other images than those in {data}: give another folder for weights')
+        path = _find_or_train(path, data, preset, seed, weights, run, retrain)
         print(f'{path} is there: {n:,} samples at sigma {sigma:g}')
-        f = run/(f'samples-{float(sigma)}' + (f'-blend{blend:g}' if blend else '') + (f'-s{sample_seed}' if sample_seed else '') + '.npz')
-        x = load_generator(path).sample(n, sigma, sample_seed, blend).x.numpy()
-        write_whole(f, lambda o: np.savez(o, x=x))
-        about = dict(model=path.name, data=str(data), preset=preset, sigma=sigma, blend=blend, n=n, seed=sample_seed, sha256=hashlib.sha256(x.tobytes()).hexdigest(), **provenance(), seconds=round(time.time()-t, 1))
-        write_whole(f.with_suffix('.json'), json.dumps(about, indent=1))
-        print(f'{f}\n{f.with_suffix(".json")}')
+        _write_samples(path, run, t, n, sigma, sample_seed, blend, data=str(data), preset=preset)
     except (ValueError, FileNotFoundError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_generate: {e}')
     except KeyboardInterrupt: raise SystemExit(f'stopped; the same command goes on from the last whole epoch in {run}')
-
-# %% ../nbs/11_generate.ipynb #a731e9af
-def _train_and_keep(data, preset, seed, path, run, retrain):
-    "Train and put the generator where it belongs"
-    images = inliers(data, 'train'); keep_memory()
-    if retrain and (run/'train.pth').exists() and path.exists(): path.unlink(); (run/'train.pth').unlink() # a whole one; a killed retraining goes on
-    print(f'training {path.stem}: {presets[preset]["epochs"]} epochs, grids of samples in {run}')
-    learn = train_gan(images, run/'train', preset, seed)
-    g = learn.model.ema.module; g.classes = images.classes
-    save_generator(g, path, data=str(data), digest=data_digest(images), split='train', n=len(images), preset=preset, recipe=presets[preset], seed=seed, seconds=round(sum(o['seconds'] for o in learn.gan.log), 1), log=learn.gan.log)
-    return path

@@ -9,7 +9,8 @@ __all__ = ['selection_classes', 'exposed_classes', 'unseen_sets', 'starts', 'net
            'EnergyLog', 'measure_tuned', 'search', 'best_recipe', 'done_in', 'cells', 'missing', 'aoe_run', 'runs_of',
            'complete', 'start_reports', 'verdict', 'gains', 'method_table', 'in_words', 'claims', 'claim_line']
 
-# %% ../nbs/old/poster.ipynb #b6d4fac8
+# %% ../nbs/old/poster.ipynb #b6d499f3
+# ruff: noqa: F401
 import warnings
 from .study.protocol import asked, exposed_classes, experiments, exposures, n_classes, recipes
 from .study.protocol import search_space, selection_classes, start_config, starts, starts_of

@@ -41,7 +41,7 @@ def provenance()->dict: # commit, versions, device
     versions |= {name: version(name) for name in ('aoe_nb','torch','fastai','numpy')}
     return dict(commit=_commit(), versions=versions, device=_machine())
 
-# %% ../nbs/16_record.ipynb #54e8b767
+# %% ../nbs/16_record.ipynb #54e810fe
 def write_whole(
     path,
     f, # text, or a function that writes to an open binary file
@@ -55,10 +55,11 @@ def write_whole(
             else: f(o)
         os.replace(part, path)
     except OSError as e:
-        raise OSError(f'cannot write {path} ({e.strerror or e}): make room or choose another folder, then run the same command again') from None
+        remedy = 'make room or choose another folder, then run the same command again'
+        raise OSError(f'cannot write {path} ({e.strerror or e}): {remedy}') from None
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/16_record.ipynb #54e81990
+# %% ../nbs/16_record.ipynb #54e8fd38
 def _try_to_write(folder):
     "Make `folder` and write a file there, and take it away again"
     probe = folder/f'.probe{os.getpid()}'
@@ -66,7 +67,8 @@ def _try_to_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text('')
         probe.unlink()
-    except OSError as e: raise OSError(f'cannot write to {folder} ({e.strerror}): choose another output folder') from None
+    except OSError as e:
+        raise OSError(f'cannot write to {folder} ({e.strerror}): choose another output folder') from None
 
 def check_writable(
     folder,
@@ -77,7 +79,8 @@ def check_writable(
     _try_to_write(folder)
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(f'{folder} has {free/1e6:,.0f} MB left and {need/1e6:,.0f} are needed: make room or choose another folder')
+        left = f'{free/1e6:,.0f} MB left and {need/1e6:,.0f} are needed'
+        raise OSError(f'{folder} has {left}: make room or choose another folder')
 
 # %% ../nbs/16_record.ipynb #54e8bd77
 def _plain(value):

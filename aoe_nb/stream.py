@@ -9,76 +9,109 @@ __all__ = ['OutlierStream']
 import random, numpy as np, torch
 from pathlib import Path
 from torch import Tensor
+from .data import Images, outliers
+from .loaders import Pixels, as_pixels
 from fastai.data.core import DataLoaders
 from fastai.torch_core import no_random
 from fastcore.all import patch
-from .data import Images, outliers
-from .loaders import Pixels, as_pixels
+
+# %% ../nbs/03_stream.ipynb #98df31e4
+class OutlierStream:
+    "Endless outliers in [0,1] from any source, in an order that depends on the seed only"
+    def __init__(
+        self,
+        source, # `Images`, tensor, path, name, `DataLoader`, function of `n`, or object with `sample(n)`
+        seed=0, # of the order
+    ):
+        if isinstance(source, (str,Path)): source = outliers(source)
+        if isinstance(source, DataLoaders): source = source.train
+        self.given = source
+        self.own = getattr(source, 'vocab', None) # the class names of the outliers
+        self.source = _drawable(source, self.own)
+        self.seed = seed
+        self.rewind()
+
+    def rewind(self):
+        "Start over, as if nothing had been drawn"
+        rng = getattr(self.source, 'rng', None) # fastai's loaders shuffle with this
+        if isinstance(rng, random.Random): self.source.rng = random.Random(self.seed)
+        self.gen = torch.Generator().manual_seed(self.seed)
+        self.perm = None # of a tensor: the order of its images
+        self.pos = 0 # and how many of them are used up
+        self.batches = None # of a loader: its iterator
+        self.left = None # and what the last draw left of a batch
+
+    def check(self, vocab):
+        "Refuse outliers of the classes in `vocab`, those that the classifier is for"
+        both = sorted(set(map(str, self.own or ())) & set(map(str, vocab or ())))
+        if both:
+            raise ValueError(f'the outliers carry inlier labels: {", ".join(both[:5])} are classes of the classifier. '
+                             'Drop those images, or give the rest without labels')
+
+    def _private(self):
+        "A context whose random numbers come from this stream, and which leaves the global ones alone"
+        return no_random(int(torch.randint(2**31, (1,), generator=self.gen)))
 
 # %% ../nbs/03_stream.ipynb #7f73bad7
-def _no_labels(b, own):
-    "The images of a batch, after a look at labels that would make them inliers"
-    if not isinstance(b, (tuple,list)): return b
-    for y in b[1:]:
-        if own is None and isinstance(y, Tensor) and not y.is_floating_point() and (y >= 0).any():
-            raise ValueError(f'the outliers carry labels (such as {int(y.max())}) that look like inlier labels. If they really are outliers, let the loader yield '
-                'images only, or mark them with target_transform=lambda y: -1')
-    return b[0]
+def _drawable(source, own):
+    "The tensor, function or iterable in `source` that a stream draws from, or an error that says what to give"
+    if isinstance(source, Images):
+        if source.y is not None: _no_labels((source.x, source.y), own)
+        source = source.x
+    if isinstance(source, (np.ndarray,Tensor)) and source.ndim != 4:
+        raise ValueError(f'outliers must have shape (N,C,H,W), these have {tuple(source.shape)}')
+    if isinstance(source, (list,tuple)) and source and isinstance(source[0], (str,Path)):
+        raise TypeError('these outliers are a list of files: give their folder')
+    if not callable(source) and _length(source) == 0:
+        raise ValueError('the outlier source is empty: outlier exposure needs at least one image')
+    if not hasattr(source, '__iter__'): source = getattr(source, 'sample', source)
+    if callable(source) or hasattr(source, '__iter__'): return source
+    raise TypeError(f'outliers cannot be drawn from a {type(source).__name__}: '
+                    'give Images, a tensor, a path, a DataLoader or a function of n')
 
 def _length(x):
     "`len(x)`, or None where there is none, as for iterable data sets"
     try: return len(x)
     except TypeError: return None
 
-# %% ../nbs/03_stream.ipynb #98df31e4
-class OutlierStream:
-    "Endless outliers in [0,1] from `Images`, a tensor, a path, a name, a `DataLoader`, or a callable or object with `sample` that makes `n` of them"
-    def __init__(self, source, seed=0):
-        if isinstance(source, (str,Path)): source = outliers(source)
-        if isinstance(source, DataLoaders): source = source.train
-        self.given,self.own = source,getattr(source, 'vocab', None)
-        if isinstance(source, Images) and source.y is not None and self.own is None: _no_labels((source.x, source.y), None)
-        if isinstance(source, (np.ndarray,Tensor)) and source.ndim != 4: raise ValueError(f'outliers must have shape (N,C,H,W), these have {tuple(source.shape)}')
-        if isinstance(source, (list,tuple)) and source and isinstance(source[0], (str,Path)): raise TypeError('these outliers are a list of files: give their folder')
-        x = source.x if isinstance(source, Images) else source
-        if not callable(x) and _length(x) == 0: raise ValueError('the outlier source is empty: outlier exposure needs at least one image')
-        if not hasattr(x, '__iter__'): x = getattr(x, 'sample', x)
-        if not callable(x) and not hasattr(x, '__iter__'): raise TypeError(f'outliers cannot be drawn from a {type(x).__name__}: give Images, a tensor, a path, a DataLoader or a function of n')
-        self.source,self.seed = x,seed
-        self.rewind()
-
-    def rewind(self):
-        "Start over, as if nothing had been drawn"
-        if isinstance(getattr(self.source, 'rng', None), random.Random): self.source.rng = random.Random(self.seed) # fastai's loaders shuffle with this
-        self.gen,self.pos,self.perm,self.batches,self.left = torch.Generator().manual_seed(self.seed),0,None,None,None
-
-    def check(self, vocab):
-        "Refuse outliers of the classes in `vocab`, those that the classifier is for"
-        if both := sorted(set(map(str, self.own or ())) & set(map(str, vocab or ()))):
-            raise ValueError(f'the outliers carry inlier labels: {", ".join(both[:5])} are classes of the classifier. Drop those images, or give the rest without labels')
-
-    def _private(self): return no_random(int(torch.randint(2**31, (1,), generator=self.gen)))
+def _no_labels(b, own):
+    "The images of a batch, after a look at labels that would make them inliers"
+    if not isinstance(b, (tuple,list)): return b
+    for y in b[1:]:
+        if own is None and isinstance(y, Tensor) and not y.is_floating_point() and (y >= 0).any():
+            raise ValueError(f'the outliers carry labels (such as {int(y.max())}) that look like inlier labels. '
+                             'If they really are outliers, let the loader yield images only, '
+                             'or mark them with target_transform=lambda y: -1')
+    return b[0]
 
 # %% ../nbs/03_stream.ipynb #8a623ed6
 @patch
 def _indexed(self:OutlierStream, n):
     "The next `n` indices, a fresh permutation whenever the last is used up"
-    size,idx = len(self.source),[]
+    size = len(self.source)
+    idx = []
     while n:
-        if self.perm is None or self.pos == size: self.perm,self.pos = torch.randperm(size, generator=self.gen),0
-        idx.append(self.perm[self.pos:self.pos+n]); self.pos += len(idx[-1]); n -= len(idx[-1])
+        if self.perm is None or self.pos == size:
+            self.perm = torch.randperm(size, generator=self.gen)
+            self.pos = 0
+        idx.append(self.perm[self.pos:self.pos+n])
+        self.pos += len(idx[-1])
+        n -= len(idx[-1])
     return torch.cat(idx)
 
 @patch
 def _loaded(self:OutlierStream):
     "The next batch of a loader, from the top when it has run dry"
-    px = Pixels(self.source)
     with self._private():
-        for fresh in (False,True):
-            if self.batches is None or fresh: self.batches = iter(self.source)
+        if self.batches is None: self.batches = iter(self.source)
+        b = next(self.batches, None)
+        if b is None:
+            self.batches = iter(self.source)
             b = next(self.batches, None)
-            if b is not None: return px.decode(_no_labels(b, self.own)) if px.norm else _no_labels(b, self.own)
-    raise ValueError('the outlier source is empty: the loader yields no batch')
+    if b is None: raise ValueError('the outlier source is empty: the loader yields no batch')
+    x = _no_labels(b, self.own)
+    px = Pixels(self.source)
+    return px.decode(x) if px.norm else x
 
 # %% ../nbs/03_stream.ipynb #f6a15e45
 @patch
@@ -91,12 +124,20 @@ def draw(self:OutlierStream, n):
         return as_pixels(x)
     got = [] if self.left is None else [self.left]
     while sum(map(len, got)) < n: got.append(as_pixels(self._loaded()))
-    x = torch.cat(got); self.left = x[n:]
+    x = torch.cat(got)
+    self.left = x[n:]
     return x[:n]
 
+# %% ../nbs/03_stream.ipynb #03a00011
 @patch
-def state_dict(self:OutlierStream): "Where the stream is"; return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos)
+def state_dict(self:OutlierStream):
+    "Where the stream is"
+    return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos)
+
 @patch
 def load_state_dict(self:OutlierStream, sd):
     "Go on where the stream of `state_dict` was; a loader starts over, for it cannot be asked where it is"
-    self.rewind(); self.gen.set_state(sd['gen']); self.perm,self.pos = sd['perm'],sd['pos']
+    self.rewind()
+    self.gen.set_state(sd['gen'])
+    self.perm = sd['perm']
+    self.pos = sd['pos']

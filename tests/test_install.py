@@ -1,19 +1,30 @@
-"The wheel in an empty environment: without nbdev, with the newest fastai. PyTorch is shared with this environment, for it is large."
-import os, subprocess, sys, venv
-from importlib.metadata import distributions
+"The wheel in an environment of its own: without nbdev, with the newest fastai, away from the repository."
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
+
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-BIG = 'torch','torchvision','triton','nvidia-','cuda-'
 
-TRAIN = '''
-import importlib.util, pkgutil
+TRAIN = """
+import importlib, importlib.util, pkgutil
 assert importlib.util.find_spec('nbdev') is None
 import aoe_nb
-for m in pkgutil.iter_modules(aoe_nb.__path__):
-    if m.name != '_modidx': importlib.import_module(f'aoe_nb.{m.name}')
-assert '.venv' not in aoe_nb.__file__ or 'site-packages' in aoe_nb.__file__, aoe_nb.__file__
+assert 'site-packages' in aoe_nb.__file__, aoe_nb.__file__
+for module in pkgutil.walk_packages(aoe_nb.__path__, 'aoe_nb.'):
+    if module.name != 'aoe_nb._modidx':
+        importlib.import_module(module.name)
 from aoe_nb.attack import FGSM
 from aoe_nb.data import inliers, outliers, unseen
 from aoe_nb.models import small_cnn
@@ -22,31 +33,110 @@ from fastai.vision.all import Learner, accuracy
 dls = inliers('digits7').dls(64, valid=inliers('digits7', 'test'))
 learn = Learner(dls, small_cnn(1, dls.c), metrics=accuracy).expose(outliers('china'), attack=FGSM(16/255))
 before = [p.clone() for p in learn.model.parameters()]
-with learn.no_bar(), learn.no_logging(): learn.fit(1)
-assert any((p != q).any() for p, q in zip(before, learn.model.parameters())) and learn.recorder.losses[-1].isfinite()
+with learn.no_bar(), learn.no_logging():
+    learn.fit(1)
+assert any((p != q).any() for p, q in zip(before, learn.model.parameters()))
+assert learn.recorder.losses[-1].isfinite()
 print(learn.ood_report(unseen('near', id='digits7')).AUROC.round(3).to_dict())
 print('fastai', fastai.__version__, 'fastcore', fastcore.__version__)
-'''
+"""
+
+CLAIMS = """
+from aoe_nb.study.claims import claims
+print(claims('results').to_json(orient='index'))
+"""
+
+
+def lists():
+    "What the library needs, and the names that only the tools hold back"
+    settings = ConfigParser()
+    settings.read(ROOT / 'settings.ini', encoding='utf-8')
+    settings = settings['DEFAULT']
+    tools = map(Requirement, settings['dev_requirements'].split())
+    held = {r.name for r in tools if any(s.operator in ('<', '==') for s in r.specifier)}
+    return settings['requirements'].split(), held
+
+
+def needed(requirements):
+    "Installed distributions, by name, that `requirements` lead to"
+    found = {}
+    todo = list(requirements)
+    while todo:
+        requirement = Requirement(todo.pop())
+        name = re.sub(r'[-_.]+', '-', requirement.name).lower()
+        wanted = requirement.marker is None or requirement.marker.evaluate({'extra': ''})
+        if name in found or not wanted:
+            continue
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:
+            continue
+        todo += found[name].requires or []
+    return found
+
 
 def share(site):
-    "Link the large distributions of this environment into `site`"
-    for d in distributions():
-        if not (d.metadata['Name'] or '').lower().replace('_', '-').startswith(BIG): continue
-        for top in {f.parts[0] for f in d.files or [] if f.parts[0] not in ('..','__pycache__')}:
-            src = Path(d.locate_file(top)).resolve()
-            if src.exists() and not (site/top).exists(): (site/top).symlink_to(src)
+    "Link what the library needs into `site`, file by file; what the tools hold back is left to pip, the newest of it"
+    requirements, held = lists()
+    for name, dist in needed(requirements).items():
+        if name in held:
+            continue
+        for file in dist.files or []:
+            source = dist.locate_file(file)
+            if '..' in file.parts or not source.is_file():
+                continue
+            target = site / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                target.symlink_to(Path(source).resolve())
 
-def test_wheel_with_newest_fastai(tmp_path):
-    def sh(*a, **kw): return subprocess.run(list(map(str, a)), check=True, capture_output=True, text=True, **kw).stdout
-    env = tmp_path/'env'; venv.create(env, with_pip=True)
-    py = env/'bin'/'python'
-    site = Path(sh(py, '-c', 'import site; print(site.getsitepackages()[0])').strip())
-    share(site)
+
+def sh(*args, home=None, **kwargs):
+    "The output of a command that must succeed; neither the checkout nor the user's settings are on its way"
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    if home:
+        env['HOME'] = str(home)
     try:
-        sh(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, ROOT)
-        sh(py, '-m', 'pip', 'install', '-q', next(tmp_path.glob('aoe_nb-*.whl')))
-        out = sh(py, '-c', TRAIN, cwd=tmp_path, env=os.environ | dict(MPLBACKEND='agg', HOME=str(tmp_path)))
-    except subprocess.CalledProcessError as e: pytest.fail(f'{" ".join(e.cmd[:5])}\n{e.stderr[-3000:]}')
-    major,minor,patch = map(int, out.split('fastai ')[1].split()[0].split('.'))
-    assert (major,minor,patch) >= (2,8,12), out
-    assert (env/'bin'/'aoe_demo').exists()
+        done = subprocess.run(list(map(str, args)), check=True, capture_output=True, text=True, env=env, **kwargs)
+    except subprocess.CalledProcessError as e:
+        pytest.fail(f'{" ".join(e.cmd[:5])}\n{e.stdout[-1000:]}\n{e.stderr[-3000:]}', pytrace=False)
+    return done.stdout
+
+
+def build_wheel(folder):
+    "A wheel from a copy of the sources, so that nothing of an earlier build gets into it"
+    source = folder / 'source'
+    source.mkdir()
+    for name in 'settings.ini', 'setup.py', 'README.md', 'LICENSE':
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / 'aoe_nb', source / 'aoe_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    sh(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', folder, source)
+    return next(folder.glob('aoe_nb-*.whl'))
+
+
+@pytest.fixture(scope='session')
+def installed(tmp_path_factory):
+    "The folder of programs of an environment with the wheel"
+    folder = tmp_path_factory.mktemp('wheel')
+    venv.create(folder / 'env')
+    programs = folder / 'env/bin'
+    python = programs / 'python'
+    share(Path(sh(python, '-c', 'import site; print(site.getsitepackages()[0])').strip()))
+    sh(sys.executable, '-m', 'pip', '--python', python, 'install', '-q', build_wheel(folder))
+    return programs
+
+
+def test_wheel_with_newest_fastai(installed, tmp_path):
+    out = sh(installed / 'python', '-c', TRAIN, cwd=tmp_path, home=tmp_path)
+    version = out.split('fastai ')[1].split()[0]
+    assert tuple(map(int, version.split('.'))) >= (2, 8, 12), out
+    assert (installed / 'aoe_demo').exists()
+
+
+@pytest.mark.skipif(not find_spec('aoe_nb.study'), reason='no aoe_nb.study yet')
+def test_claims_need_only_the_results(installed, tmp_path):
+    (tmp_path / 'results').symlink_to(ROOT / 'results')
+    here = json.loads(sh(sys.executable, '-c', CLAIMS, cwd=ROOT).splitlines()[-1])
+    away = json.loads(sh(installed / 'python', '-c', CLAIMS, cwd=tmp_path, home=tmp_path).splitlines()[-1])
+    assert away == here
+    assert away['P1']['verdict'] in ('holds', 'undecided', 'fails')

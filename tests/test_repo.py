@@ -1,52 +1,184 @@
 "What holds for the repository as a whole: notebooks, package and README in step, and clean."
-import json, re, shutil, subprocess, sys
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+
 import pytest
+from collapse import collapse, notebooks
 from readme import render
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-ids = [p.stem for p in NBS]
+NBS = notebooks()
+each_nb = pytest.mark.parametrize('nb', NBS, ids=[p.relative_to(ROOT / 'nbs').with_suffix('').as_posix() for p in NBS])
 
-def tool(name, cwd): subprocess.run([Path(sys.executable).parent/name], cwd=cwd, check=True, capture_output=True)
+
+def tool(name, cwd):
+    subprocess.run([Path(sys.executable).parent / name], cwd=cwd, check=True, capture_output=True)
+
+
+def generated(root):
+    "Text by path of the modules in `root`"
+    return {p.relative_to(root).as_posix(): p.read_text() for p in sorted((root / 'aoe_nb').rglob('*.py'))}
+
+
+# In step
+
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "A copy of what nbdev reads and writes, to run it on without touching the tree"
-    d = tmp_path_factory.mktemp('repo')
-    for o in 'settings.ini','_quarto.yml','README.md': shutil.copy(ROOT/o, d/o)
-    for o in 'nbs','aoe_nb': shutil.copytree(ROOT/o, d/o, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    return d
+    folder = tmp_path_factory.mktemp('repo')
+    for name in 'settings.ini', '_quarto.yml', 'README.md':
+        shutil.copy(ROOT / name, folder)
+    leave = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for name in 'nbs', 'aoe_nb':
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=leave)
+    return folder
+
 
 def test_export_changes_nothing(copy):
     tool('nbdev_export', copy)
-    for p in sorted((ROOT/'aoe_nb').glob('*.py')): assert (copy/'aoe_nb'/p.name).read_text() == p.read_text(), f'{p.name}: run nbdev_export'
-    assert {p.name for p in (copy/'aoe_nb').glob('*.py')} == {p.name for p in (ROOT/'aoe_nb').glob('*.py')}
+    now, then = generated(copy), generated(ROOT)
+    assert list(now) == list(then), 'run nbdev_export'
+    for name, text in then.items():
+        assert now[name] == text, f'{name}: run nbdev_export'
+
 
 def test_clean_changes_nothing(copy):
     tool('nbdev_clean', copy)
-    for p in NBS: assert (copy/p.relative_to(ROOT)).read_text() == p.read_text(), f'{p.name}: run nbdev_clean'
+    for nb in NBS:
+        assert (copy / nb.relative_to(ROOT)).read_text() == nb.read_text(), f'{nb.name}: run nbdev_clean'
+
 
 def test_readme_is_index():
-    text,files = render()
-    assert (ROOT/'README.md').read_text() == text, 'run make readme'
-    for name,data in files.items(): assert (ROOT/name).read_bytes() == data, f'{name}: run make readme'
-    assert {p.name for p in (ROOT/'README_files').iterdir()} == {Path(o).name for o in files}, 'run make readme'
+    text, files = render()
+    assert (ROOT / 'README.md').read_text() == text, 'run make readme'
+    for name, data in files.items():
+        assert (ROOT / name).read_bytes() == data, f'{name}: run make readme'
+    assert {p.name for p in (ROOT / 'README_files').iterdir()} == {Path(name).name for name in files}, 'run make readme'
 
-@pytest.mark.parametrize('nb', NBS, ids=ids)
+
+# Notebooks
+
+
+@each_nb
 def test_notebook_is_fit_for_the_site(nb):
     assert nb.stat().st_size < 300_000, 'smaller figures, please'
-    cells = json.loads(nb.read_text())['cells']
+    text = nb.read_text()
+    cells = json.loads(text)['cells']
     first = ''.join(cells[0]['source'])
     assert first.startswith('# ') and '\n> ' in first, 'a page opens with its title and one line'
-    text = nb.read_text()
-    out = json.dumps([c.get('outputs') for c in cells])
-    assert 'Traceback' not in out and not re.search(r'\w+Warning', out)
+    outputs = [c.get('outputs') for c in cells]
+    assert 'Traceback' not in json.dumps(outputs)
+    assert not re.search(r'\w+Warning', json.dumps(outputs))
     assert not re.search(r'(?<![\w.])/(?:home|root|work|tmp)/\w', text), 'a path of one machine'
-    assert any(c.get('outputs') for c in cells), 'run it and keep the outputs'
+    assert any(outputs), 'run it and keep the outputs'
+
+
+def test_imports_and_helpers_are_collapsed():
+    open_ = [nb.name for nb in NBS if collapse(json.loads(nb.read_text()))]
+    assert not open_, 'run python tools/collapse.py'
+
 
 def test_flagged_cells_are_listed():
     "Cells that nbdev_test leaves out are named, not forgotten"
-    cells = [(nb.stem, ''.join(c['source'])) for nb in NBS for c in json.loads(nb.read_text())['cells']]
-    flagged = [f'{n} ({m[1]})' for n,s in cells if (m := re.search(r'^#\|\s*(slow|cuda|data|eval:\s*false)', s, re.M))]
-    if flagged: pytest.skip('notebook cells not run here: ' + ', '.join(sorted(set(flagged))))
+    flagged = set()
+    for nb in NBS:
+        for cell in json.loads(nb.read_text())['cells']:
+            flag = re.search(r'^#\|\s*(slow|cuda|data|eval:\s*false)', ''.join(cell['source']), re.M)
+            if flag:
+                flagged.add(f'{nb.stem} ({flag[1]})')
+    if flagged:
+        pytest.skip('notebook cells not run here: ' + ', '.join(sorted(flagged)))
+
+
+# Rooms
+
+# A room imports only from lines above its own. The library does not know the study, nobody the old names.
+ROOMS = """
+energy attack metrics batchnorm plots record
+sources methods device models cache
+data
+loaders
+stream evaluation
+peers audit exposure
+generate
+demo
+all
+study study.protocol
+study.train
+study.measure
+study.search
+study.grid study.claims
+experiment poster
+"""
+LEVELS = {room: level for level, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
+
+
+def modules():
+    "Path by name of the rooms, `study.claims` for aoe_nb/study/claims.py"
+    found = {}
+    for path in sorted((ROOT / 'aoe_nb').rglob('*.py')):
+        parts = path.relative_to(ROOT / 'aoe_nb').with_suffix('').parts
+        name = '.'.join(parts).removesuffix('.__init__')
+        if name not in ('__init__', '_modidx'):
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(name, path):
+    "The rooms that a room imports, anywhere in its text"
+    package = ['aoe_nb', *name.split('.')]
+    if path.stem != '__init__':
+        package.pop()
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [o.name for o in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            start = '.'.join([*base, *([node.module] if node.module else [])])
+            targets = [start, *(f'{start}.{o.name}' for o in node.names)]
+        else:
+            continue
+        rooms |= {t.removeprefix('aoe_nb.') for t in targets if t.startswith('aoe_nb.')} & set(MODULES)
+    return rooms
+
+
+def test_every_room_has_its_place():
+    assert set(MODULES) <= set(LEVELS), 'a new room? give it a line in ROOMS'
+    assert not {'core', 'utils', 'common', 'misc'} & {part for name in MODULES for part in name.split('.')}
+
+
+@pytest.mark.parametrize('room', MODULES)
+def test_arrows_point_down(room):
+    "So there is no circle either"
+    up = [other for other in imported(room, MODULES[room]) if LEVELS[other] >= LEVELS[room]]
+    assert not up, f'{room} imports {up}, which are not above it'
+
+
+@pytest.mark.skipif(not find_spec('aoe_nb.all'), reason='no aoe_nb.all yet')
+def test_everything_comes_with_one_import():
+    code = 'from aoe_nb.all import *; OutlierExposure, energy, FGSM, inliers, ood_metrics, Learner.ood_report'
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=ROOT)
+
+
+# One address
+
+
+def test_the_address_stands_in_one_place():
+    "It is made of `user` and `repo` in settings.ini; _quarto.yml has braces for it"
+    user = re.search(r'^user\s*=\s*(.+)$', (ROOT / 'settings.ini').read_text(), re.M)[1].strip()
+    for name in '_quarto.yml', 'setup.py', 'CITATION.cff', 'CONTRIBUTING.md', 'Makefile':
+        assert f'/{user}/' not in (ROOT / name).read_text() and f'{user}.github.io' not in (ROOT / name).read_text(), (
+            name
+        )

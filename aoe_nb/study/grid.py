@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['cells', 'missing', 'listing', 'run_cell', 'lacks', 'run_missing', 'aoe_run']
 
-# %% ../../nbs/study/04_grid.ipynb #35d7a32f
+# %% ../../nbs/study/04_grid.ipynb #35d7af78
 import re, numpy as np
-from fastai.torch_core import default_device
-from fastcore.script import call_parse, store_true
-from tqdm import tqdm
-from ..device import keep_memory
 from ..models import weights_file
 from ..record import config_hash, run
 from .measure import tune_and_measure
 from .protocol import cells_of, chosen, experiments, start_config, start_name, starts, starts_of
 from .search import done_in, search, write_chosen
 from .train import check_start, check_tune, networks, start_sha, train_start, weights_sha
+from ..device import keep_memory
+from fastai.torch_core import default_device
+from fastcore.script import call_parse, store_true
+from tqdm import tqdm
 
 # %% ../../nbs/study/04_grid.ipynb #35d78c39
 def _start_cells(id, model):
@@ -124,14 +124,16 @@ def lacks(
     if not start_sha(id, config['start'], config['model']): return f'aoe_run starts --ids {id}'
     return '' if weights_sha(f'{pool}.pt') else f'aoe_generate --data {id} --seed {pool[-1]}'
 
-# %% ../../nbs/study/04_grid.ipynb #35d7f317
+# %% ../../nbs/study/04_grid.ipynb #35d7f455
 def _say_first(name, ids, out, model):
     "Print what keeps cells from being run; returns the inliers for which there are none yet"
     lock = chosen(out)
     waits = [i for i in ids if i not in lock and name not in ('starts','select')]
-    if waits: print(f'the search for {", ".join(waits)} is not over (aoe_run select), so its {name} has no cells yet')
+    names = ', '.join(waits)
+    if waits: print(f'the search for {names} is not over (aoe_run select), so its {name} has no cells yet')
     late = [i for i in ids if i in lock and name == 'best' and not cells(name, [i], out, model)]
-    if late: print(f'the recipes for {", ".join(late)} are not all measured (aoe_run recipes), so none is the best yet')
+    names = ', '.join(late)
+    if late: print(f'the recipes for {names} are not all measured (aoe_run recipes), so none is the best yet')
     first = {lacks(c) for c in missing(name, ids, out, model)} - {''}
     if first: print(f'some runs are left out until this has been done: {"; ".join(sorted(first))}')
     return waits + late
@@ -158,27 +160,36 @@ def run_missing(
     if name != 'starts': write_chosen(out)
     waiting = _say_first(name, ids, out, model)
     k,n = part
-    def mine(c): return not lacks(c) and (not seeds or c['seed'] in seeds) and int(config_hash(c), 16) % n == k
+    def mine(c):
+        if lacks(c) or (seeds and c['seed'] not in seeds): return False
+        return int(config_hash(c), 16) % n == k
     _run_all(lambda: [c for c in missing(name, ids, out, model) if mine(c)], name, out)
     if name in ('select','recipes'): write_chosen(out)
     left = len(missing(name, ids, out, model))
     if left: print(f'{left} runs of {name} are left: to other seeds, another part, or what is not trained yet')
     else: print(f'nothing {"else " if waiting else ""}is missing in {name}')
 
-# %% ../../nbs/study/04_grid.ipynb #35d7e8e8
-_what = ('Experiment: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start), '
-    'recipes (other steps, on the images of the search) or best (the best of those, on five starts, on one also under the hard attacks)')
-try: from fastcore.script import Param; _Name = Param(_what, str, opt=False, nargs='?')
-except ImportError: from typing import Annotated; _Name = Annotated[str, _what, dict(opt=False, nargs='?')] # fastcore 2
+# %% ../../nbs/study/04_grid.ipynb #35d733c0
+_what = ('Experiment: starts, select, grid, hard (Square and PGD-50 on one start), '
+    'second (another generator, on one start), recipes (other steps, on the images of the search) '
+    'or best (the best of those, on five starts, on one also under the hard attacks)')
+try:
+    from fastcore.script import Param
+    _Name = Param(_what, str, opt=False, nargs='?')
+except ImportError: # fastcore 2
+    from typing import Annotated
+    _Name = Annotated[str, _what, dict(opt=False, nargs='?')]
 
-# %% ../../nbs/study/04_grid.ipynb #35d7e54f
-def _refuse(name, ids, model, device):
+# %% ../../nbs/study/04_grid.ipynb #35d7aa64
+def _known(word, words, what):
+    "Refuse a word that is not one of `words`"
+    if word not in words: raise ValueError(f'unknown {what} {word!r}: choose from {", ".join(words)}')
+
+def _refuse(name, ids, model):
     "An error for what the command does not know"
-    if bad := [o for o in ids if o not in starts]: raise ValueError(f'unknown inliers {bad[0]!r}: choose from {", ".join(starts)}')
-    if model not in networks: raise ValueError(f'unknown model {model!r}: choose from {", ".join(networks)}')
-    if name is None: return
-    if name not in experiments: raise ValueError(f'unknown experiment {name!r}: choose from {", ".join(experiments)}')
-    if device not in ('','cpu','cuda'): raise ValueError(f'device must be cpu or cuda, not {device!r}')
+    for id in ids: _known(id, starts, 'inliers')
+    _known(model, networks, 'model')
+    if name is not None: _known(name, experiments, 'experiment')
 
 def _part_of(part):
     "'1/2' as (0,2)"
@@ -186,7 +197,7 @@ def _part_of(part):
     if not 1 <= k <= n: raise ValueError(f'part must be like 1/2, not {part}')
     return k-1,n
 
-# %% ../../nbs/study/04_grid.ipynb #35d7cab5
+# %% ../../nbs/study/04_grid.ipynb #35d7a58e
 @call_parse
 def aoe_run(
     name:_Name='',
@@ -201,10 +212,13 @@ def aoe_run(
     "Run an experiment's missing cells; stop it and start it again as you like"
     ids = ids.split(',')
     try:
-        _refuse(None if list else name, ids, model, device)
+        _refuse(None if list else name, ids, model)
         if list: return print(listing(ids, out, model))
+        part = _part_of(part)
+        if device not in ('','cpu','cuda'): raise ValueError(f'device must be cpu or cuda, not {device!r}')
         if device: default_device(device == 'cuda')
         seeds = {int(o) for o in seeds.split(',')} if seeds else None
-        run_missing(name, ids, model, seeds, out, _part_of(part))
+        run_missing(name, ids, model, seeds, out, part)
     except (ValueError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_run: {e}')
-    except KeyboardInterrupt: raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')
+    except KeyboardInterrupt:
+        raise SystemExit(f'stopped; what is done is in {out}, the same command goes on')

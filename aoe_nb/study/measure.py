@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['clean_rows', 'attack_of', 'attacked_rows', 'measure_tuned', 'tune_and_measure']
 
-# %% ../../nbs/study/02_measure.ipynb #0c8b622e
+# %% ../../nbs/study/02_measure.ipynb #0c8ba369
 import numpy as np
-import aoe_nb.evaluation # noqa: F401, adds `learn.ood_scores` and `learn.id_report`
 from ..attack import FGSM, PGD, Square
 from ..energy import energy, msp
 from ..metrics import report_row
 from .protocol import attack_plans, protocol
 from .train import fixed_subset, logits_of, resolve, tune
+import aoe_nb.evaluation # noqa: F401, adds `learn.ood_scores` and `learn.id_report`
 
 # %% ../../nbs/study/02_measure.ipynb #0c8bc85f
 def clean_rows(
@@ -64,7 +64,7 @@ def attacked_rows(
             rows.append(report_row(name, sets[name].group, s_in, s_out, **about))
     return rows
 
-# %% ../../nbs/study/02_measure.ipynb #0c8b5f78
+# %% ../../nbs/study/02_measure.ipynb #0c8b40fb
 def _percentiles(scores): return np.percentile(scores, range(0, 101, 5)).round(3).tolist()
 
 def _exposed_percentiles(learn, pool):
@@ -80,7 +80,7 @@ def measure_tuned(
     learn, # from `tune`
     config, # its config, or the parts that were tuned
 )->dict: # fields of the JSON
-    "Accuracy, calibration, clean metrics, and if `attacks` is 'all' those under FGSM and PGD, if 'hard' under Square and PGD-50 with restarts"
+    "Accuracy, calibration, clean metrics, and those under the attacks that the config's plan asks for"
     parts = resolve(config)
     logits = {name: logits_of(learn.model, o) for name,o in (dict(inliers=parts.test) | parts.unseen).items()}
     rows = clean_rows(logits['inliers'], {name: (o.group, logits[name]) for name,o in parts.unseen.items()})

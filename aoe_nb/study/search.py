@@ -6,10 +6,10 @@
 __all__ = ['trial_config', 'done_in', 'searched_auroc', 'merit', 'plain_trials', 'floor_of', 'search', 'recipe_config',
            'best_recipe', 'recipe_taken', 'settled', 'write_chosen']
 
-# %% ../../nbs/study/03_search.ipynb #4268e71a
+# %% ../../nbs/study/03_search.ipynb #426801af
 import json, numpy as np
 from pathlib import Path
-from ..record import check_writable, config_hash, result_path, write_whole
+from ..record import check_writable, result_path, write_whole
 from .protocol import asked, chosen, exposures, floored, protocol, recipes
 from .protocol import search_space, start_name, starts, starts_of, trial_settings
 from .train import start_sha, weights_sha
@@ -64,13 +64,13 @@ def floor_of(
     "One point of accuracy below plain fine-tuning"
     return max(done(c)['id_acc'] for c in plain_trials(id)) - protocol['search']['floor']
 
-# %% ../../nbs/study/03_search.ipynb #42680ba5
+# %% ../../nbs/study/03_search.ipynb #4268edd9
 def search(
     id, # 'cifar10' or 'cifar100'
     done, # config -> its result, or None if that is not there yet
     floored=floored, # settings at which accuracy counts
 ):
-    "The next trials that the search needs, as a list; or, when there are none, the settings it found, as a dict"
+    "The next trials that the search needs, as a list; or, when all are done, the settings found, as a dict"
     todo = [c for c in plain_trials(id) if done(c) is None]
     if todo: return todo
     floor = floor_of(id, done)
@@ -84,7 +84,7 @@ def search(
         best[setting] = max(values, key=lambda v: merit([done(c) for c in trials[v]], least))
     return best
 
-# %% ../../nbs/study/03_search.ipynb #426830fc
+# %% ../../nbs/study/03_search.ipynb #4268b875
 def recipe_config(id, found, method, eps_255):
     "The config of a recipe, at the settings that were `found`"
     return trial_config(id, method, **found | protocol['search']['recipe'] | dict(eps_255=eps_255))
@@ -93,13 +93,14 @@ def best_recipe(
     id, # 'cifar10' or 'cifar100'
     done, # config -> its result, or None if that is not there yet
 ): # (method, eps in 1/255); () if none keeps its accuracy, None before all recipes were measured
-    "The AOE recipe that did not diverge with the highest mean of the AUROCs clean and under PGD-20 at 1/255, among those at no more than one point of accuracy below plain fine-tuning"
+    "Of the forms of AOE that keep their accuracy the one with the highest AUROC, clean plus under PGD-20"
     found = search(id, done)
     if isinstance(found, list): return None
     results = {o: done(recipe_config(id, found, *o)) for o in recipes}
     if None in results.values(): return None
     floor = floor_of(id, done)
-    kept = {o: r for o,r in results.items() if o[0].startswith('aoe') and 'failed' not in r and r['id_acc'] >= floor}
+    done_well = {o: r for o,r in results.items() if 'failed' not in r and r['id_acc'] >= floor}
+    kept = {o: r for o,r in done_well.items() if o[0].startswith('aoe')}
     attack = protocol['search']['recipe_attack']
     return max(kept, key=lambda o: searched_auroc(kept[o]) + searched_auroc(kept[o], *attack), default=())
 
@@ -109,7 +110,7 @@ def recipe_taken(id, done):
     if own[id] != (): return own[id]
     return next((o for o in own.values() if o), None)
 
-# %% ../../nbs/study/03_search.ipynb #4268b7f0
+# %% ../../nbs/study/03_search.ipynb #42684cae
 def _files(id):
     "Checksums of the starts and generators of `id`, of those that are there"
     names = {start_name(id, s): start_sha(id, s) for s in starts_of(id)}
@@ -142,5 +143,6 @@ def write_chosen(
         if entry['taken'] is None: new[id] = entry | {k: settled(id, out)[k] for k in ('best','taken')}
     if new:
         check_writable(out)
-        write_whole(Path(out)/'chosen.json', json.dumps({i: (old | new)[i] for i in starts if i in old | new}, indent=1))
+        both = {id: (old | new)[id] for id in starts if id in old | new}
+        write_whole(Path(out)/'chosen.json', json.dumps(both, indent=1))
     return chosen(out)

@@ -7,7 +7,7 @@ __all__ = ['networks', 'pixel_stats', 'nesterov', 'view_of', 'fixed_subset', 'we
            'logits_of', 'check_start', 'train_start', 'exposed_pool', 'Parts', 'resolve', 'EnergyLog', 'tune',
            'check_tune']
 
-# %% ../../nbs/study/01_train.ipynb #1bd325db
+# %% ../../nbs/study/01_train.ipynb #1bd3de7a
 import json, numpy as np, torch
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +23,7 @@ from ..methods import exposure_of
 from ..models import cifar10_stats, cifar100_stats, imagenet_stats, resnet20, wrn40_2
 from ..models import load_weights, save_weights, weights_file
 from .protocol import exposed_classes, n_classes, protocol, selection_classes
-from .protocol import start_config, start_name, starts, starts_of, tune_config, unseen_sets
+from .protocol import start_name, starts, starts_of, unseen_sets
 from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -61,13 +61,13 @@ def fixed_subset(
     by_turns = _rank_in_class(images.y[perm]).argsort(stable=True) # the first of each class, then the second
     return images.take(perm[by_turns[:n]])
 
-# %% ../../nbs/study/01_train.ipynb #1bd36db6
+# %% ../../nbs/study/01_train.ipynb #1bd39b24
 networks = dict(resnet20=resnet20, wrn40_2=wrn40_2)
 pixel_stats = dict(cifar10=cifar10_stats, cifar100=cifar100_stats)
 nesterov = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 
 def weights_sha(name):
-    "The first eight hex digits of the checksum of `name` in `weights/`, so that a config knows which file it was about; '' if it is not there"
+    "The first eight hex digits of the checksum of `name` in `weights/`; '' if it is not there"
     about = weights_file(name).with_suffix('.json')
     return json.loads(about.read_text())['sha256'][:8] if about.exists() else ''
 
@@ -147,7 +147,7 @@ def exposed_pool(
     if name == 'tinyimagenet_aux': return outliers(name).select(exposed_classes)
     return load_generator(weights_file(f'{name}.pt')).sample(n, sigma)
 
-# %% ../../nbs/study/01_train.ipynb #1bd3e736
+# %% ../../nbs/study/01_train.ipynb #1bd38d5e
 @dataclass
 class Parts:
     "What the words of a config stand for"
@@ -164,7 +164,8 @@ def _pass_of(config):
     images = inliers(config['id'])
     n = config['steps']*config['bs']
     if n > len(images):
-        raise ValueError(f'{config["steps"]} steps of {config["bs"]} are more than one pass over {len(images):,} images')
+        steps = f'{config["steps"]} steps of {config["bs"]}'
+        raise ValueError(f'{steps} are more than one pass over {len(images):,} images')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config['seed']))
     return images.take(order[:n])
 
