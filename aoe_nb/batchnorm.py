@@ -31,9 +31,10 @@ def bn_separate(layer, x, n, total, aux):
 
 def bn_aux(layer, x, n, total, aux):
     "Normalise outliers with their own batch statistics, and keep running averages of these in `aux`"
-    if layer not in aux: aux[layer] = layer.running_mean.clone(),layer.running_var.clone()
     momentum = .1 if layer.momentum is None else layer.momentum
     def f(outliers, _):
+        # at first a copy of the layer's, which the inliers of this batch have just updated
+        if layer not in aux: aux[layer] = layer.running_mean.clone(),layer.running_var.clone()
         return F.batch_norm(outliers, *aux[layer], layer.weight, layer.bias, True, momentum, layer.eps)
     return _apart(layer, x, n, total, f)
 
