@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastcore.test import test_close as close
 from aoe_nb.record import config_hash, result_path
-from aoe_nb.study import claims as study_claims
+from aoe_nb.study import claims as study_claims, grid
 from aoe_nb.study.claims import claim_line, claims, complete, gains, holds, in_words, method_table, runs_of
 from aoe_nb.study.grid import cells, listing, missing
 from aoe_nb.study.protocol import attack_plans, chosen, claim_texts, experiments, exposures, protocol, starts, wanted
@@ -139,6 +139,36 @@ def test_command_lists(tmp_path):
     assert res.stdout.strip() == listing(IDS, RESULTS)
 
 
+def pretend_cell(config, out, redo):
+    "A result as if `aux` were a little better and five steps on all outliers cost accuracy"
+    acc = .9 - .1*(config['method'] == 'aoe_pgd')
+    auroc = .8 + .01*(config['bn'] == 'aux')
+    rows = [dict(score='energy', attack=a, eps_255=e, AUROC=auroc + (e > 0)*('pgd' in config['method'])*.1)
+            for a,e in (('none',0), ('pgd20',1))]
+    path = result_path(config, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(config=config, id_acc=acc, ood=rows, seconds=60)))
+
+
+def test_command_goes_from_search_to_grid(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grid, 'run_cell', pretend_cell)
+    grid.run_missing('grid', ['cifar10'], out=tmp_path)
+    said = capsys.readouterr().out
+    assert 'the search for cifar10 is not over (aoe_run select), so its grid has no cells yet' in said
+    grid.run_missing('select', ['cifar10'], out=tmp_path)
+    assert 'nothing is missing in select' in capsys.readouterr().out
+    lock = chosen(tmp_path)
+    assert list(lock) == ['cifar10'] and lock['cifar10']['settings']['bn'] == 'aux' and lock['cifar10']['best'] is None
+    grid.run_missing('best', ['cifar10'], out=tmp_path)
+    assert 'the recipes for cifar10 are not all measured' in capsys.readouterr().out
+    grid.run_missing('recipes', ['cifar10'], out=tmp_path)
+    assert chosen(tmp_path)['cifar10']['taken'] == ('aoe_pgd_half',8)
+    for half in (0,2), (1,2): grid.run_missing('second', ['cifar10'], out=tmp_path, part=half)
+    assert len(list((tmp_path/'second').glob('*.json'))) == 4 and len(cells('best', ['cifar10'], tmp_path)) == 6
+    line = next(o for o in listing(['cifar10'], tmp_path).splitlines() if o.startswith('grid'))
+    assert line.split() == ['grid','cifar10','0','done','50','missing']
+
+
 def test_grid_of_another_network_needs_its_starts():
     some = cells('grid', ['cifar10'], RESULTS, 'wrn40_2')
     assert len(some) == 50 and {c['start_sha'] for c in some} == {''}
@@ -219,14 +249,14 @@ def test_verdict_over_both_sets_of_inliers(a, b, want):
 
 
 def test_numbers_in_words():
-    grid = as_if(.02)['cifar10','grid']
-    sign = gains(grid, ['oe_sign']).loc[('oe_sign','mean natural','AUROC')]
+    some = as_if(.02)['cifar10','grid']
+    sign = gains(some, ['oe_sign']).loc[('oe_sign','mean natural','AUROC')]
     close(sign[['diff','lo']].astype(float), [.0204,.01988], 1e-5)
-    gain = gains(grid, ['oe']).loc[('oe','mean natural','AUROC')]
+    gain = gains(some, ['oe']).loc[('oe','mean natural','AUROC')]
     assert in_words(gain) == '+2.04 [+1.99, +2.09], n = 5, detectable 0.07'
     alone = gains(as_if(.02, n=1)['cifar10','grid'], ['oe']).loc[('oe','mean natural','AUROC')]
     assert 'no interval' in in_words(alone)
-    close(method_table(grid).loc[['oe','aoe'],'mean near'], [82., 84.04], 1e-6)
+    close(method_table(some).loc[['oe','aoe'],'mean near'], [82., 84.04], 1e-6)
     assert not len(gains([]))
 
 
@@ -257,10 +287,10 @@ def test_masked_gradients_leave_a_claim_undecided():
 
 
 def test_starts_are_the_same_for_all():
-    grid = as_if(.02)['cifar10','grid']
-    lopsided = [r for r in grid if r['start'] != 'published' or r['method'] != 'oe' or not r['seed']]
-    assert (len(lopsided), len(complete(lopsided)), len(complete(grid))) == (len(grid)-1, len(grid)-5, len(grid))
-    a,b = (gains(o, ['oe'])['diff'].astype(float).values for o in (complete(lopsided), grid))
+    some = as_if(.02)['cifar10','grid']
+    lopsided = [r for r in some if r['start'] != 'published' or r['method'] != 'oe' or not r['seed']]
+    assert (len(lopsided), len(complete(lopsided)), len(complete(some))) == (len(some)-1, len(some)-5, len(some))
+    a,b = (gains(o, ['oe'])['diff'].astype(float).values for o in (complete(lopsided), some))
     close(a, b, 1e-9)
 
 
