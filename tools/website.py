@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from collapse import notebooks
+from collapse import notebooks, only_imports
 from fastcore.script import call_parse, store_true
 from fastcore.xtras import working_directory
+from nbdev import processors
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html
 from nbdev.serve import proc_nbs
@@ -35,6 +36,18 @@ def link_prose(self, line):
 
 
 NbdevLookup.link_line = link_prose
+do_eval = processors._do_eval
+
+
+def defines_names(cell):
+    "As nbdev runs cells before it documents them, but not one that goes on to use what it imports"
+    if cell.cell_type != 'code':
+        return False
+    exported = {'export', 'exports', 'exporti', 'exec_doc'} & cell.directives_.keys()
+    return (exported or only_imports(cell.source) or 'show_doc(' in cell.source) and do_eval(cell)
+
+
+processors._do_eval = defines_names
 
 
 def pages():
