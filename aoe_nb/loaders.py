@@ -6,7 +6,7 @@
 __all__ = ['ImageDL', 'RandomCropFlip', 'Pixels', 'as_pixels']
 
 # %% ../nbs/14_loaders.ipynb #b3b2d145
-import random, numpy as np, torch
+import random, torch
 from contextlib import contextmanager
 from torch import Tensor
 from fastcore.all import L, chunked, patch
