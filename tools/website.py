@@ -16,6 +16,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html
 from nbdev.serve import proc_nbs
 
+from aoe_nb._modidx import d as index
+
 ROOT = Path(__file__).resolve().parent.parent
 OLD = 'old'  # the folder of names that are kept for one release: no page of the site
 WIDGET = 'application/vnd.jupyter.widget-view+json'
@@ -48,6 +50,11 @@ def defines_names(cell):
 
 
 processors._do_eval = defines_names
+
+# A name in backticks leads to the page of its room, not to an old name of the same.
+for module, names in list(index['syms'].items()):
+    if any(page.startswith(f'{OLD}/') for page, _ in names.values()):
+        del index['syms'][module]
 
 
 def pages():
