@@ -272,6 +272,28 @@ def metrics(
     s_in,outs = self.sides(attack, attacked)
     return report_from_scores(s_in, outs, n_boot, self.seed)
 
+# %% ../nbs/07_evaluation.ipynb #07000031
+def _doubts(df, n_classes):
+    "What in a report of untouched images makes one doubt the network, in words"
+    known = df.attrs['id']
+    if known and n_classes:
+        chance = 1/n_classes
+        if known['accuracy'] < chance + 2*(chance*(1-chance)/known['n'])**.5:
+            yield (f'the accuracy on the inliers is {known["accuracy"]:.0%}, and guessing gives {chance:.0%}: '
+                   'train the network first, without outliers, and look at the order of its classes')
+    sets = df[df.n_in.notna() & df.n_out.notna()]
+    error = ((sets.n_in+sets.n_out+1)/(12*sets.n_in*sets.n_out)).astype(float)**.5 # of an AUROC without any skill
+    low = sets[sets.AUROC.astype(float) < .5 - 2*error]
+    if len(low):
+        which = ', '.join(f'{name} ({o:.2f})' for name,o in low.AUROC.items())
+        yield (f'outliers look more familiar than inliers, their AUROC lies below one half: {which}. '
+               'Look at the images and their transforms, or expose the network to outliers')
+
+@patch
+def warn_of(self:Bench, df):
+    "Warn of what `_doubts` finds in a report"
+    for doubt in _doubts(df, getattr(self.learn.dls, 'c', None)): warnings.warn(doubt, stacklevel=4)
+
 # %% ../nbs/07_evaluation.ipynb #fcf0971c
 @patch
 def report(
@@ -287,6 +309,7 @@ def report(
     df.attrs = dict(score=name, attack=repr(attack), attacked=attacked, seed=self.seed)
     try: df.attrs['id'] = self.learn.id_report(self.inliers, self.bs, self.cache)
     except _Unlabelled: df.attrs['id'] = None
+    if attack is None: self.warn_of(df)
     return df
 
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['OutlierExposure']
 
 # %% ../nbs/05_exposure.ipynb #d8e0d17b
-import math, torch
+import math, torch, warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -15,7 +15,7 @@ from fastcore.all import delegates, patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.learner import Learner
+from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import TensorImage, no_random, to_device
 from .attack import check_attack, eval_mode
 from .batchnorm import as_outliers, bn_ways, replace_once
@@ -89,6 +89,7 @@ def unexpose(self:Learner):
     for cb in list(self.cbs):
         if isinstance(cb, OutlierExposure) or cb.name == 'outlier_exposure':
             cb._undo()
+            cb._hide_columns()
             self.remove_cb(cb)
     return self
 
@@ -153,6 +154,7 @@ def _moved_in(self:OutlierExposure, x):
 def before_fit(self:OutlierExposure):
     "Go back to where `lr_find` began if one was interrupted, and refuse a second exposure"
     self._rewind()
+    self._begin()
     if sum(cb.name == self.name for cb in self.learn.cbs) > 1:
         raise ValueError('the learner has two OutlierExposure callbacks: '
                          'learn.expose replaces the first, add_cb does not')
@@ -172,6 +174,7 @@ def _start(self:OutlierExposure):
 def before_train(self:OutlierExposure):
     "Check outliers and pipeline before the first batch of an epoch"
     self._start()
+    self._show_columns()
 
 # %% ../nbs/05_exposure.ipynb #68e45677
 @patch
@@ -195,9 +198,10 @@ def before_batch(self:OutlierExposure):
     if self.attack_in is not None: x = self._moved_in(x)
     self.n = len(x)
     if self.lam:
+        self._look_at_start(x)
         out = self.stream.draw(max(1, round(self.ratio*self.n)))
         out = self._transformed(out, x)
-        out = self._moved_out(out)
+        out = self._step_out(out)
         out = self._inputs(out)
         x = torch.cat([x, out])
     self.learn.xb = (x,)
@@ -223,14 +227,94 @@ def after_pred(self:OutlierExposure):
 
 @patch
 def after_loss(self:OutlierExposure):
-    "Add the outliers' loss to what fastai backpropagates, then to what it shows"
+    "Add the outliers' loss to what fastai backpropagates, and keep it for its columns"
     if self.logits_out is None: return
     term = self.loss_out(self.pred.float(), self.logits_out)
     if term.ndim:
         raise ValueError('the loss on outliers must be a scalar, '
                          f'this one has shape {tuple(term.shape)}: take its mean')
     self.learn.loss_grad = self.loss_grad + self.lam*term
-    self.learn.loss = self.loss_grad.clone()
+    self._note(term)
+
+# %% ../nbs/05_exposure.ipynb #68e45681
+class _Column(ValueMetric):
+    "A number of the training epoch, beside the metrics of validation"
+
+@patch
+def _hide_columns(self:OutlierExposure):
+    self.learn.metrics = self.learn.metrics.filter(lambda o: not isinstance(o, _Column))
+
+@patch
+def _show_columns(self:OutlierExposure):
+    "Let the recorder ask for the means of the epoch, which begins"
+    self.trained = True
+    self.seen = {name: [] for name in ('out_loss','energy_gap','moved')}
+    names = list(self.seen) if self.attack else ['out_loss','energy_gap']
+    self._hide_columns()
+    if self.lam: self.learn.metrics = self.learn.metrics + [_Column(partial(self._mean, o), o) for o in names]
+
+@patch
+def _begin(self:OutlierExposure):
+    "What a call of `fit` begins with"
+    self._show_columns()
+    self.trained = False
+    self.looked = False
+
+@patch
+def _mean(self:OutlierExposure, name):
+    "The mean of a column over the epoch so far; none as a metric of validation, where training has its own"
+    if not self.training and self.learn.recorder.train_metrics: return None
+    values = self.seen.get(name)
+    return torch.stack(values).mean().item() if values else None
+
+@patch
+def _note(self:OutlierExposure, term):
+    "Keep the outliers' loss and the gap of the energies of this batch"
+    gap = energy(self.logits_out.detach()).mean() - energy(self.pred.detach().float()).mean()
+    self.seen['out_loss'].append(term.detach())
+    self.seen['energy_gap'].append(gap)
+    if hasattr(self.learn, 'lr_finder'): self.learn.loss = self.loss_grad.clone()
+
+@patch
+def _step_out(self:OutlierExposure, x):
+    "The outliers `x` after the attack, of which the share that it changed is kept"
+    moved = self._moved_out(x)
+    changed = (moved != x).flatten(1).any(1)
+    self.seen['moved'].append(changed.float().mean())
+    return moved
+
+# %% ../nbs/05_exposure.ipynb #68e45685
+def _n_images(dl):
+    "Images in the data set of a loader; None if it cannot say"
+    try: return len(dl.dataset)
+    except (AttributeError, TypeError): return None
+
+@patch
+def _guesses(self:OutlierExposure, x):
+    "Whether the network's accuracy on the batch is near chance, and what it is; None where there are no labels to ask"
+    y = self.yb[0].as_subclass(Tensor)
+    if y.ndim != 1 or y.is_floating_point(): return None
+    with eval_mode(self.model), torch.no_grad(), self._precision()[0]: logits = self.model(x.clone())
+    if not isinstance(logits, Tensor) or logits.ndim != 2: return None
+    accuracy = (logits.argmax(1) == y).float().mean().item()
+    chance = 1/logits.shape[1]
+    return accuracy if accuracy < chance + 2*(chance*(1-chance)/len(y))**.5 else None
+
+@patch
+def _look_at_start(self:OutlierExposure, x):
+    "Warn, in the first batch, of a large network that is untrained and has few images"
+    if self.looked: return
+    self.looked = True
+    n = _n_images(self.dls.train)
+    size = sum(p.numel() for p in self.model.parameters())
+    if not n or n >= 1000 or size < 1000*n: return
+    accuracy = self._guesses(x)
+    if accuracy is None: return
+    warnings.warn(
+        f'the network still guesses (accuracy {accuracy:.0%} on the first batch) and has {size:,} weights '
+        f'for {n} images: with outliers from the start it may learn its classes badly. Train it without outliers '
+        "first, then learn.expose(..., bn='frozen') at a tenth of the learning rate: "
+        'see "A first recipe that is safe" (nbs/tutorials/safe_recipe.ipynb)', stacklevel=2)
 
 # %% ../nbs/05_exposure.ipynb #051b2669
 @patch
@@ -247,13 +331,15 @@ def _rewind(self:OutlierExposure):
 
 @patch
 def before_validate(self:OutlierExposure):
-    "Let validation see the model as it is"
+    "Let validation see the model as it is, and give what it always gave unless training came before"
     self._undo()
+    if not self.trained: self._hide_columns()
 
 @patch
 def after_fit(self:OutlierExposure):
-    "Rewind after `lr_find`"
+    "Rewind after `lr_find`, and leave the metrics as they were"
     self.logits_out = None
+    self._hide_columns()
     self._rewind()
 
 @patch

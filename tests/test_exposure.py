@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoaders, Flip, Learner, OptimWrapper, RandomErasing,
-                               accuracy, load_learner, set_seed)
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, CSVLogger, DataLoaders, Flip, Learner, OptimWrapper,
+                               RandomErasing, SaveModelCallback, accuracy, load_learner, set_seed)
 from fastcore.test import test_close as close, test_eq as eq, test_fail as fails # pytest collects what is called test_
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.batchnorm import bn_ways
 from aoe_nb.data import Images, inliers, outliers
+from aoe_nb.energy import energy
 from aoe_nb.device import DeviceMixedPrecision
 from aoe_nb.exposure import OutlierExposure
 from aoe_nb.models import small_cnn
@@ -275,3 +276,87 @@ def test_refused(why, kw):
 def test_a_head_without_classes_is_refused():
     learn = new_learner(scalar_head(), loss_func=lambda p,y: p.mean())
     fails(lambda: fit(learn.expose(china), 1), contains='classification head')
+
+# what the recorder shows, and what a large untrained network is told
+
+def columns(learn): return list(learn.recorder.metric_names)
+
+def test_columns_are_there_in_training_alone():
+    learn = fit(new_learner().expose(china, attack=FGSM(16/255)), 2)
+    eq(columns(learn), ['epoch','train_loss','valid_loss','accuracy','out_loss','energy_gap','moved','time'])
+    eq([len(o) for o in learn.recorder.values], [6, 6])
+    eq([m.name for m in learn.metrics], ['accuracy'])
+    with silent(learn):
+        eq(len(learn.validate()), 2)
+        eq(learn.get_preds()[0].shape, (len(valid),7))
+    fit(learn.unexpose(), 1)
+    eq(columns(learn), ['epoch','train_loss','valid_loss','accuracy','time'])
+
+def test_without_an_attack_nothing_moves_and_without_outliers_there_are_no_columns():
+    eq(columns(fit(new_learner().expose(china), 1))[4:], ['out_loss','energy_gap','time'])
+    eq(columns(fit(new_learner().expose(china, lam=0), 1))[4:], ['time'])
+
+def test_train_loss_is_that_of_the_inliers_and_lr_find_sees_the_sum():
+    shown = {}
+    for name,lam in dict(little=1e-6, much=1.).items():
+        learn = fit(new_learner().expose(china, lam=lam, bn='frozen'), 1)
+        shown[name] = learn.recorder.losses[0].item()
+    close(shown['little'], shown['much'], 1e-6)
+    first = {}
+    for name,lam in dict(little=1e-6, much=1.).items():
+        learn = new_learner().expose(china, lam=lam, bn='frozen')
+        set_seed(0)
+        with silent(learn): learn.lr_find(num_it=20, show_plot=False)
+        first[name] = learn.recorder.losses[0].item()
+    assert first['much'] > first['little'] + 1 # log 7 = 1.9 on outliers
+
+def test_columns_are_what_they_say():
+    learn = new_learner().expose(china)
+    outs,terms = [],[]
+    class Keep(Callback):
+        order = 6
+        run_valid = False
+        def after_loss(self):
+            cb = self.learn.outlier_exposure
+            terms.append((self.learn.loss_grad - self.learn.loss).item()/.5)
+            outs.append((energy(cb.logits_out).mean() - energy(self.learn.pred).mean()).item())
+    learn.add_cb(Keep())
+    fit(learn, 1)
+    out_loss,gap = learn.recorder.values[-1][-2:]
+    close(out_loss, sum(terms)/len(terms), 1e-5)
+    close(gap, sum(outs)/len(outs), 1e-5)
+
+def test_an_interrupted_fit_leaves_no_column_behind():
+    class Stop(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    learn = new_learner().expose(china)
+    with silent(learn):
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+        eq(len(learn.validate()), 2)
+    eq([m.name for m in learn.metrics], ['accuracy'])
+
+def test_a_callback_can_watch_the_gap(tmp_path):
+    learn = new_learner(path=tmp_path).expose(china)
+    fit(learn, 2, None, None, [SaveModelCallback(monitor='energy_gap'), CSVLogger()])
+    assert 'energy_gap' in (tmp_path/'history.csv').read_text()
+
+def told(learn, n=1):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        fit(learn, n)
+    return [str(o.message) for o in said if 'still guesses' in str(o.message)]
+
+def large():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4000), nn.ReLU(), nn.Linear(4000, 7))
+
+def test_a_large_untrained_network_with_few_images_is_told_once():
+    said = told(new_learner(large()).expose(china), 2)
+    assert len(said) == 1 and '288,007 weights for 126 images' in said[0] and "bn='frozen'" in said[0]
+
+def test_no_false_alarm():
+    assert not told(new_learner().expose(china)) # a small network
+    assert not told(new_learner(large()).expose(china, lam=0)) # no outliers
+    assert not told(fit(new_learner(large(), lr=.1), 30).expose(china)) # trained before
+    many = Images(train.x.repeat(8, 1, 1, 1), train.y.repeat(8), train.classes)
+    assert not told(Learner(many.dls(64, valid=valid), large(), train_bn=True).expose(china)) # many images

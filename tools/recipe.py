@@ -35,7 +35,8 @@ ways = {
     'plain-oe': dict(first=None, then='oe'),
     'plain-aoe': dict(first=None, then='aoe'),
 }
-compared = {'shapes-linear': ['plain', 'oe', 'aoe', 'plain-aoe']}  # what asks whether the head is to blame needs no more
+# whether the head is to blame is asked in fewer ways
+compared = {'shapes-linear': ['plain', 'oe', 'aoe', 'plain-aoe']}
 tasks = {
     'digits7': dict(network='small_cnn', epochs=30, bs=32, lr=5e-3, eps_255=16),
     'digits7-many': dict(network='small_cnn', epochs=10, bs=32, lr=5e-3, eps_255=16),
@@ -176,8 +177,8 @@ def run(config):
     if way['then']:
         stage(learn, config, way['then'], exposed, total - first, config['lr'] / 10, 'frozen')
     found = measured(learn, config, test, near, far)
-    return dict(n_train=len(train), n_exposed=len(exposed), n_classes=learn.dls.c,
-                steps=total * len(learn.dls.train)) | found
+    about = dict(n_train=len(train), n_exposed=len(exposed), n_classes=learn.dls.c)
+    return about | dict(steps=total * len(learn.dls.train)) | found
 
 
 def main(names, seeds, out):
