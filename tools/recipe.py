@@ -1,4 +1,4 @@
-"""Is exposure safe on few images? Six ways to train on five small tasks, in equal numbers of steps.
+"""Is exposure safe on few images? Seven ways to train on five small tasks, in equal numbers of steps.
 
 python tools/recipe.py      # needs CIFAR-10, tinyimagenet and dtd10 on this disk
 
@@ -18,6 +18,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import CrossEntropyLossFlat, Learner, imagenet_stats, vision_learner
 from PIL import Image, ImageDraw
+from torch import nn
 
 from aoe_nb import evaluation  # noqa: F401 it gives a Learner `ood_report`
 from aoe_nb.attack import FGSM
@@ -34,16 +35,20 @@ ways = {
     'plain-plain': dict(first=None, then='plain'),
     'plain-oe': dict(first=None, then='oe'),
     'plain-aoe': dict(first=None, then='aoe'),
+    'plain-aoe-inliers': dict(first=None, then='aoe', bn='inliers'),
 }
-# whether the head is to blame is asked in fewer ways
-compared = {'shapes-linear': ['plain', 'oe', 'aoe', 'plain-aoe']}
+heads = {'resnet10t_nodropout': nn.Dropout, 'resnet10t_nobatchnorm': nn.BatchNorm1d}  # what vision_learner's head lacks
+heads['resnet10t_neither'] = nn.Dropout, nn.BatchNorm1d
+shapes = dict(epochs=6, bs=16, lr=3e-3, eps_255=8)
 tasks = {
     'digits7': dict(network='small_cnn', epochs=30, bs=32, lr=5e-3, eps_255=16),
     'digits7-many': dict(network='small_cnn', epochs=10, bs=32, lr=5e-3, eps_255=16),
-    'shapes': dict(network='resnet10t', epochs=6, bs=16, lr=3e-3, eps_255=8),
-    'shapes-linear': dict(network='resnet10t_linear', epochs=6, bs=16, lr=3e-3, eps_255=8),
+    'shapes': dict(network='resnet10t') | shapes,
+    'shapes-linear': dict(network='resnet10t_linear') | shapes,
     'cifar4': dict(network='resnet20_cifar100', epochs=6, bs=16, lr=3e-3, eps_255=2),
 }
+# which part of the head is to blame is asked in two ways
+causes = {name.replace('resnet10t_', 'shapes-'): dict(network=name) | shapes for name in heads}
 
 
 def drawn(kinds, n, seed, side=32):
@@ -130,8 +135,13 @@ def learner(config, train, test):
     dls = train.dls(config['bs'], valid=test, seed=config['seed'], normalize=stats)
     set_seed(config['seed'])
     loss = CrossEntropyLossFlat()
-    if config['network'] == 'resnet10t':
-        return vision_learner(dls, 'resnet10t', pretrained=False, normalize=False, loss_func=loss, metrics=accuracy)
+    if config['network'] == 'resnet10t' or config['network'] in heads:
+        learn = vision_learner(dls, 'resnet10t', pretrained=False, normalize=False, loss_func=loss, metrics=accuracy)
+        without = heads.get(config['network'], ())
+        for i, layer in enumerate(learn.model[1]):
+            if isinstance(layer, without):
+                learn.model[1][i] = nn.Identity()
+        return learn
     if config['network'] == 'resnet10t_linear':
         model = timm.create_model('resnet10t', num_classes=dls.c)
     elif config['network'] == 'small_cnn':
@@ -139,7 +149,7 @@ def learner(config, train, test):
     else:
         model = resnet20(100, cifar100_stats)
         load_weights(model, weights_file('start-resnet20-cifar100-s1.pt'))
-        model[1].linear = torch.nn.Linear(64, dls.c)
+        model[1].linear = nn.Linear(64, dls.c)
     return Learner(dls, model, loss_func=loss, metrics=accuracy)
 
 
@@ -163,7 +173,7 @@ def measured(learn, config, test, near, far):
         report = learn.ood_report(sets, attack=attack, inliers=test)
         for row in report.loc[list(sets)].rename_axis('set').reset_index().to_dict('records'):
             rows.append(row | dict(attack=name, eps_255=config['eps_255'] if attack else 0))
-    return dict(id_acc=report.attrs['id']['accuracy'], id=report.attrs['id'], ood=rows)
+    return dict(id_acc=report.attrs['id']['accuracy'], id_report=report.attrs['id'], ood=rows)
 
 
 def run(config):
@@ -175,7 +185,7 @@ def run(config):
     first = total - total // 3 if way['then'] else total
     stage(learn, config, way['first'], exposed, first, config['lr'], 'inliers')
     if way['then']:
-        stage(learn, config, way['then'], exposed, total - first, config['lr'] / 10, 'frozen')
+        stage(learn, config, way['then'], exposed, total - first, config['lr'] / 10, way.get('bn', 'frozen'))
     found = measured(learn, config, test, near, far)
     about = dict(n_train=len(train), n_exposed=len(exposed), n_classes=learn.dls.c)
     return about | dict(steps=total * len(learn.dls.train)) | found
@@ -186,8 +196,8 @@ def main(names, seeds, out):
     warnings.simplefilter('ignore')
     for seed in range(seeds):
         for task in names:
-            for way in compared.get(task, ways):
-                config = dict(task=task, way=way, seed=seed, lam=0.5) | tasks[task]
+            for way in ('plain', 'aoe') if task in causes else ways:
+                config = dict(task=task, way=way, seed=seed, lam=0.5) | (tasks | causes)[task]
                 path = Path(out) / f'{task}-{config["network"]}-{way}-s{seed}.json'
                 if path.exists():
                     continue
@@ -203,7 +213,7 @@ def main(names, seeds, out):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('tasks', nargs='*', default=list(tasks), help='which of them; default: all')
+    parser.add_argument('tasks', nargs='*', default=[*tasks, *causes], help='which of them; default: all')
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--out', default='results/recipe')
     args = parser.parse_args()
