@@ -10,7 +10,8 @@ import math, torch, warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.all import delegates, patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
@@ -198,7 +199,7 @@ def before_batch(self:OutlierExposure):
     if self.attack_in is not None: x = self._moved_in(x)
     self.n = len(x)
     if self.lam:
-        self._look_at_start(x)
+        self._look_at_start()
         out = self.stream.draw(max(1, round(self.ratio*self.n)))
         out = self._transformed(out, x)
         out = self._step_out(out)
@@ -289,31 +290,30 @@ def _n_images(dl):
     try: return len(dl.dataset)
     except (AttributeError, TypeError): return None
 
-@patch
-def _guesses(self:OutlierExposure, x):
-    "Whether the network's accuracy on the batch is near chance, and what it is; None where there are no labels to ask"
-    y = self.yb[0].as_subclass(Tensor)
-    if y.ndim != 1 or y.is_floating_point(): return None
-    with eval_mode(self.model), torch.no_grad(), self._precision()[0]: logits = self.model(x.clone())
-    if not isinstance(logits, Tensor) or logits.ndim != 2: return None
-    accuracy = (logits.argmax(1) == y).float().mean().item()
-    chance = 1/logits.shape[1]
-    return accuracy if accuracy < chance + 2*(chance*(1-chance)/len(y))**.5 else None
+def _untrained(model):
+    "Whether most of the layers of BatchNorm have never seen an image"
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    fresh = [m for m in layers if not m.running_mean.any()]
+    return 2*len(fresh) > len(layers)
+
+def _delicate(model):
+    "The kinds of layers in the way of learning beside outliers, such as fastai's head has"
+    kinds = [type(m).__name__ for m in model.modules()
+        if isinstance(m, nn.BatchNorm1d) or (isinstance(m, nn.Dropout) and m.p > 0)]
+    return list(dict.fromkeys(kinds))
 
 @patch
-def _look_at_start(self:OutlierExposure, x):
-    "Warn, in the first batch, of a large network that is untrained and has few images"
+def _look_at_start(self:OutlierExposure):
+    "Warn, in the first batch, of an untrained network with few images and a head that is known to fail there"
     if self.looked: return
     self.looked = True
     n = _n_images(self.dls.train)
-    size = sum(p.numel() for p in self.model.parameters())
-    if not n or n >= 1000 or size < 1000*n: return
-    accuracy = self._guesses(x)
-    if accuracy is None: return
+    kinds = _delicate(self.model)
+    if not n or n >= 1000 or not kinds or not _untrained(self.model): return
     warnings.warn(
-        f'the network still guesses (accuracy {accuracy:.0%} on the first batch) and has {size:,} weights '
-        f'for {n} images: with outliers from the start it may learn its classes badly. Train it without outliers '
-        "first, then learn.expose(..., bn='frozen') at a tenth of the learning rate: "
+        f'the network is untrained, has {n} images to learn from, and {" and ".join(kinds)} in it: beside outliers '
+        'it may learn its classes badly. Start from trained weights, or give it a linear head, such as '
+        'vision_learner(..., custom_head=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, dls.c))); '
         'see "A first recipe that is safe" (nbs/tutorials/safe_recipe.ipynb)', stacklevel=2)
 
 # %% ../nbs/05_exposure.ipynb #051b2669

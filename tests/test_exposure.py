@@ -10,7 +10,7 @@ from torch import nn
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.all import (Callback, CrossEntropyLossFlat, CSVLogger, DataLoaders, Flip, Learner, OptimWrapper,
-                               RandomErasing, SaveModelCallback, accuracy, load_learner, set_seed)
+                               RandomErasing, SaveModelCallback, accuracy, create_head, load_learner, set_seed)
 from fastcore.test import test_close as close, test_eq as eq, test_fail as fails # pytest collects what is called test_
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.batchnorm import bn_ways
@@ -344,19 +344,27 @@ def told(learn, n=1):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         fit(learn, n)
-    return [str(o.message) for o in said if 'still guesses' in str(o.message)]
+    return [str(o.message) for o in said if 'untrained' in str(o.message)]
 
-def large():
+def with_head(*layers):
+    "A body of `small_cnn` with fastai's head, or with these `layers` before its own last"
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4000), nn.ReLU(), nn.Linear(4000, 7))
+    net = small_cnn(1, 7)
+    if not layers: return nn.Sequential(net[:-3], create_head(64, 7))
+    return nn.Sequential(*net[:-1], *layers, net[-1])
 
-def test_a_large_untrained_network_with_few_images_is_told_once():
-    said = told(new_learner(large()).expose(china), 2)
-    assert len(said) == 1 and '288,007 weights for 126 images' in said[0] and "bn='frozen'" in said[0]
+def test_an_untrained_network_with_few_images_and_fastais_head_is_told_once():
+    said = told(new_learner(with_head()).expose(china), 2)
+    assert len(said) == 1 and '126 images' in said[0] and 'BatchNorm1d and Dropout' in said[0]
+    assert 'custom_head' in said[0], 'the remedy'
 
 def test_no_false_alarm():
-    assert not told(new_learner().expose(china)) # a small network
-    assert not told(new_learner(large()).expose(china, lam=0)) # no outliers
-    assert not told(fit(new_learner(large(), lr=.1), 30).expose(china)) # trained before
+    assert not told(new_learner().expose(china)) # a linear head
+    assert not told(new_learner(with_head(nn.Dropout(0.))).expose(china)) # dropout that is off
+    assert not told(new_learner(with_head()).expose(china, lam=0)) # no outliers
+    assert not told(fit(new_learner(with_head()), 1).expose(china)) # trained before
+    trained_body = with_head()
+    trained_body[0].load_state_dict(fit(new_learner(), 1).model[:-3].state_dict())
+    assert not told(new_learner(trained_body).expose(china)) # a new head on a trained body
     many = Images(train.x.repeat(8, 1, 1, 1), train.y.repeat(8), train.classes)
-    assert not told(Learner(many.dls(64, valid=valid), large(), train_bn=True).expose(china)) # many images
+    assert not told(Learner(many.dls(64, valid=valid), with_head()).expose(china)) # many images
