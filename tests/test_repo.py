@@ -122,6 +122,7 @@ study.measure
 study.search
 study.grid study.claims
 experiment poster
+cli
 """
 LEVELS = {room: level for level, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
 
