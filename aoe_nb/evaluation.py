@@ -18,6 +18,7 @@ from .cache import code_of, kept
 from .data import Images, outliers
 from .energy import energy, get_score, msp
 from .loaders import Pixels
+from .models import as_input, get_logits, steeper
 from .stream import labelled_batches, pixel_batches
 from .metrics import calibration_bins, ood_metrics, report_from_scores
 
@@ -89,18 +90,26 @@ class Bench:
     @cached_property
     def clean(self): return self.scores(self.inliers) # inliers that no attack touches are scored once
 
+    def inputs(self, x):
+        "What the model gets of images in [0,1]"
+        return as_input(self.model, self.pixels.encode(x))
+
+    def logits(self, x):
+        "What the model says of images in [0,1]"
+        return get_logits(self.model(self.inputs(x))).float()
+
     def of_pixels(self, x, score):
         "`score` of images in [0,1]"
-        inputs = self.pixels.encode(x)
-        if isinstance(score, on_input): res = score(self.model, inputs)
-        else: res = score(self.model(inputs).float())
+        if isinstance(score, on_input): res = score(self.model, self.inputs(x))
+        else: res = score(self.logits(x))
         if res.shape != x.shape[:1]:
             raise ValueError(f'a score must be one number an image, shape ({len(x)},), not {tuple(res.shape)}')
         return res
 
     def loss(self, x):
         "What an attack on the score descends"
-        return self.of_pixels(x, log_msp if self.score is msp else self.score)
+        score = log_msp if self.score is msp else self.score
+        return steeper(self.model, self.of_pixels(x, score))
 
 # %% ../nbs/07_evaluation.ipynb #ec9a1a5c
 @patch
@@ -110,7 +119,7 @@ def setting(self:Bench)->list:
     device = self.device.type
     precision = [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
         torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
-    code = [code_of(f'aoe_nb.{room}') for room in ('attack','data','energy','evaluation','loaders')]
+    code = [code_of(f'aoe_nb.{room}') for room in ('attack','data','energy','evaluation','loaders','models')]
     stats = None if norm is None else (norm.mean, norm.std)
     return [self.model, stats, str(self.device), precision, torch.__version__, code]
 
@@ -208,8 +217,7 @@ def certainty(self:Bench)->Tensor: # (N,3)
     def f(x, y):
         if y is None or y.ndim != 1 or y.is_floating_point():
             raise _Unlabelled('accuracy and calibration need inliers with class labels, these have none')
-        with torch.no_grad(): logits = self.model(self.pixels.encode(x))
-        logp = logits.float().log_softmax(1)
+        with torch.no_grad(): logp = self.logits(x).log_softmax(1)
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
         return torch.stack([confidence, (predicted == y).float(), nll], 1)
