@@ -69,8 +69,7 @@ class _Instead(TorchFunctionMode):
 def _averages(layer):
     "The running averages that `layer` keeps: none, or its mean, its variance and the number of batches"
     names = 'running_mean','running_var','num_batches_tracked'
-    buffers = {name: layer._buffers.get(name) for name in names}
-    return {name: b for name,b in buffers.items() if b is not None}
+    return {name: b for name,b in layer.named_buffers(recurse=False) if name in names}
 
 def _share(layer, x, n, total):
     "How many rows of `x` belong to the first `n` of `total` images"
@@ -104,7 +103,7 @@ def _by_hand(layer, x, border, f):
         if isinstance(layer, nn.SyncBatchNorm) and distributed.is_initialized():
             group = layer.process_group or distributed.group.WORLD
         plain = _Asked(inliers, layer.running_mean, layer.running_var, layer.weight, layer.bias,
-                       True, eps=layer.eps, group=group)
+                       True, layer.momentum or .1, layer.eps, group=group)
         want = norm_like(plain, inliers, inliers)
         if normal.shape == want.shape and torch.allclose(normal, want.to(normal.dtype), 1e-2, 1e-2):
             return torch.cat([normal, f(plain, x[border:], inliers)])
@@ -121,11 +120,12 @@ def bn_separate(layer, x, n, total, aux):
 def bn_aux(layer, x, n, total, aux):
     "Normalise outliers with their own batch statistics, and keep running averages of these in `aux`"
     if not _averages(layer): return bn_separate(layer, x, n, total, aux)
-    momentum = .1 if layer.momentum is None else layer.momentum
+    cumulative = getattr(layer, 'momentum', .1) is None # the count of batches is the inliers'
     def f(asked, outliers, _):
         # at first a copy of the layer's, which the inliers of this batch have just updated
         if layer not in aux: aux[layer] = layer.running_mean.clone(),layer.running_var.clone()
         mean,var = aux[layer]
+        momentum = .1 if cumulative else asked.momentum
         return asked.of(outliers, running_mean=mean, running_var=var, momentum=momentum)
     return _apart(layer, x, n, total, f)
 
