@@ -9,17 +9,16 @@ __all__ = ['on_input', 'log_msp', 'Bench', 'standard_attacks', 'transfer_matrix'
 import warnings, numpy as np, pandas as pd, torch
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from torch import Tensor
 from fastcore.all import patch
 from fastai.learner import Learner
 from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no_gradient
 from .cache import code_of, kept
-from .data import Images, outliers
+from .data import Images
 from .energy import energy, get_score, msp
-from .loaders import Pixels
+from .loaders import Pixels, Rows
 from .models import as_input, get_logits, steeper
-from .stream import labelled_batches, pixel_batches
+from .stream import given, labelled_batches, pixel_batches
 from .metrics import calibration_bins, ood_metrics, report_from_scores
 
 # %% ../nbs/07_evaluation.ipynb #05c0a447
@@ -43,17 +42,25 @@ def _size(source):
     "Height and width of the images, None where that would use up a shuffled or endless loader"
     if isinstance(source, Images): return tuple(source.x.shape[2:])
     if isinstance(source, (Tensor,np.ndarray)): return tuple(source.shape[2:])
+    if isinstance(source, Rows): return tuple(source[:1][0].shape[2:])
     if getattr(source, 'shuffle', True) or not hasattr(source, 'one_batch'): return None
     batch = source.one_batch()
     x = batch[0] if isinstance(batch, (tuple,list)) else batch
     return tuple(x.shape[2:])
 
-def _opened(sets, inliers):
-    "`sets` with folders read as images, or an error that says what is wrong with them"
+def _validation(dls):
+    "The validation images of a learner, None where it has none"
+    loaders = dls.loaders
+    if len(loaders) < 2: return None
+    try: return loaders[1] if len(loaders[1].dataset) else None
+    except (AttributeError,TypeError): return loaders[1] # a data set without a length
+
+def _opened(sets, inliers, learn):
+    "`sets` with whatever holds images opened for the learner, or an error that says what is wrong with them"
     if not isinstance(sets, dict):
         raise TypeError(f'sets must be a dict, such as {{"mine": folder}}, not a {type(sets).__name__}')
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
-    sets = {name: outliers(o) if isinstance(o, (str,Path)) else o for name,o in sets.items()}
+    sets = {name: given(o, learn, name=name) for name,o in sets.items()}
     size = _size(inliers)
     if not size: return sets
     for name,o in sets.items():
@@ -70,7 +77,7 @@ def _opened(sets, inliers):
 class Bench:
     "A learner as it is now on the bench: its scores of inliers and outliers, clean or attacked, and their metrics"
     learn:Learner
-    sets:dict=None # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict=None # {name: images in any form} of outliers
     score:callable=energy # name, function of logits, or `on_input`
     inliers:object=None # default: the learner's validation set
     seed:int=0 # of attack and resamples
@@ -82,13 +89,18 @@ class Bench:
         self.device = next(self.model.parameters()).device
         self.pixels = Pixels(self.learn.dls.train)
         self.score = get_score(self.score)
-        if self.inliers is None: self.inliers = self.learn.dls.valid
+        if self.inliers is None: self.inliers = _validation(self.learn.dls)
 
     @cached_property
-    def images(self): return _opened(self.sets, self.inliers)
+    def known(self): # the inliers, opened
+        if self.inliers is not None: return given(self.inliers, self.learn, name='the inliers')
+        raise ValueError('the learner has no validation images, as after load_learner: give some with inliers=')
 
     @cached_property
-    def clean(self): return self.scores(self.inliers) # inliers that no attack touches are scored once
+    def images(self): return _opened(self.sets, self.known, self.learn)
+
+    @cached_property
+    def clean(self): return self.scores(self.known) # inliers that no attack touches are scored once
 
     def inputs(self, x):
         "What the model gets of images in [0,1]"
@@ -126,7 +138,7 @@ def setting(self:Bench)->list:
 @patch
 def over(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     f, # images in [0,1], labels or None -> Tensor, one row an image
     about, # what `f` depends on besides the learner
 )->Tensor: # on the CPU
@@ -139,7 +151,8 @@ def over(
                 res.append(f(x.to(self.device), y).detach().cpu())
         if not res: raise ValueError('there are no images to score')
         return torch.cat(res)
-    def batches(): return labelled_batches(source, self.bs)
+    source = given(source, self.learn)
+    def batches(): return labelled_batches(source, self.bs, self.learn)
     if self.cache is None: return compute(batches())
     return kept(self.cache, [self.setting(), about, self.bs], batches, compute)
 
@@ -154,7 +167,7 @@ def attacker(self:Bench, attack, sign=1):
 @patch
 def scores(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack=None, # moves the images before they are scored
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # (N,) on the CPU
@@ -171,7 +184,7 @@ def scores(
 @patch
 def ood_scores(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     score=energy, # name, function of logits (N,C) -> (N,), or `on_input`
     attack=None, # moves the images before they are scored, such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score (an outlier made to look familiar), -1: raises it (an inlier made strange)
@@ -186,19 +199,19 @@ def ood_scores(
 @patch
 def attacked(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack, # such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # float in [0,1], on the CPU
     "The images of `source` after `attack` on the score"
     move = self.attacker(attack, sign)
     with eval_mode(self.model):
-        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs)])
+        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs, self.learn)])
 
 @patch
 def attacked_images(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack, # such as `FGSM(2/255)`
     score=energy, # name, function of logits, or `on_input`
     sign=1, # 1: the attack lowers the score, -1: raises it
@@ -211,6 +224,18 @@ def attacked_images(
 # %% ../nbs/07_evaluation.ipynb #37118b21
 class _Unlabelled(ValueError): pass
 
+def _numbered_for(learn, inliers):
+    "The `inliers` with the learner's numbers for their classes, or an error if it does not know one"
+    vocab = getattr(learn.dls, 'vocab', None)
+    classes = getattr(inliers, 'classes', None)
+    if not isinstance(inliers, Images) or inliers.y is None or not vocab or not classes: return inliers
+    numbers = {str(name): i for i,name in enumerate(vocab)}
+    new = [str(name) for name in classes if str(name) not in numbers]
+    if new: raise ValueError(f'{inliers.name} has classes that the learner does not know: {", ".join(new[:5])}')
+    res = inliers.take(slice(None))
+    res.y = torch.tensor([numbers[str(name)] for name in classes])[inliers.y]
+    return res
+
 @patch
 def certainty(self:Bench)->Tensor: # (N,3)
     "Confidence, correctness and negative log-likelihood of each labelled inlier"
@@ -221,7 +246,7 @@ def certainty(self:Bench)->Tensor: # (N,3)
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
         return torch.stack([confidence, (predicted == y).float(), nll], 1)
-    return self.over(self.inliers, f, 'certainty')
+    return self.over(_numbered_for(self.learn, self.known), f, 'certainty')
 
 # %% ../nbs/07_evaluation.ipynb #21ffd2a4
 @patch
@@ -261,7 +286,7 @@ def sides(
     if attacked not in ('ood','id','both'): raise ValueError(f'attacked must be one of ood, id, both, not {attacked!r}')
     sets = self.images
     if attack is None or attacked == 'ood': s_in = self.clean
-    else: s_in = self.scores(self.inliers, attack, sign=-1)
+    else: s_in = self.scores(self.known, attack, sign=-1)
     on_outliers = None if attacked == 'id' else attack
     res = {}
     for name,o in sets.items():
@@ -300,7 +325,7 @@ def report(
 @patch
 def ood_report( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # such as `FGSM(2/255)` or `PGD(2/255, 20)`, end to end on `score`
     attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
@@ -329,7 +354,7 @@ def frame(
 @patch
 def score_frame(
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # of the outliers
     inliers=None, # default: the learner's validation set
@@ -367,7 +392,7 @@ def curve(
 @patch
 def robustness_curve( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     eps=None, # sizes of the attack in pixels of a [0,1] image, 0: none; default: 0, .5, 1, 2, 4, 8 and 16 /255
     attack=PGD, # class or function eps -> attack, or an attack whose eps is replaced
     score=energy, # name, function of logits, or `on_input`
@@ -385,7 +410,7 @@ def robustness_curve( # noqa: PLR0913
 @patch
 def masking(
     self:Bench,
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     eps=8/255, # where attacks are compared
     steps:int=20, # of PGD
     n_queries:int=200, # of Square
@@ -393,10 +418,13 @@ def masking(
     tol=.01, # in AUROC, and share of images
 )->pd.DataFrame: # one row a check: value, limit, suspicious
     "Signs that gradients are masked"
+    clean = self.clean
+    source = given(source, self.learn)
     with eval_mode(self.model):
-        without = [no_gradient(x.to(self.device), self.loss) for x in pixel_batches(source, self.bs)]
+        batches = pixel_batches(source, self.bs, self.learn)
+        without = [no_gradient(x.to(self.device), self.loss) for x in batches]
     flat = torch.cat(without).float().mean().item()
-    def auroc(attack): return ood_metrics(self.clean, self.scores(source, attack))['AUROC']
+    def auroc(attack): return ood_metrics(clean, self.scores(source, attack))['AUROC']
     def descended(attack): return auroc(None if flat == 1 else attack) # no gradient, no attack
     pgd = descended(PGD(eps, steps))
     found = {
@@ -410,7 +438,7 @@ def masking(
 @patch
 def masking_check( # noqa: PLR0913
     self:Learner,
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     score=energy, # name, function of logits, or `on_input`
     eps=8/255, # where attacks are compared (8/255)
     steps:int=20, # of PGD
@@ -449,7 +477,7 @@ def table(
 @patch
 def attack_table( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     scores:dict, # {name: score}
     attacks:dict, # {name: attack or None}
     metric='AUROC',
@@ -486,7 +514,7 @@ def standard_attacks(
 # %% ../nbs/07_evaluation.ipynb #f42e9444
 def transfer_matrix(
     learners:dict, # {name: Learner}
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     attack, # such as `PGD(4/255, 20)`
     score=energy, # name, function of logits, or `on_input`, attacked and measured
     metric='AUROC',

@@ -22,7 +22,7 @@ from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
 from .energy import energy, energy_margin, get_score, uniform_ce
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, steeper
-from .stream import OutlierStream
+from .stream import OutlierStream, given
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -85,8 +85,10 @@ class OutlierExposure(Callback):
 @delegates(OutlierExposure.__init__)
 def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
     "Train on outliers too from now on, by `OutlierExposure` in place of any before it; returns the learner"
+    outliers = given(outliers, self, train=True, name='the outliers')
     cb = OutlierExposure(outliers, lam, attack, **kwargs)
     cb.stream.check(getattr(self.dls, 'vocab', None))
+    cb.stream.check_fit(self)
     return self.unexpose().add_cb(cb)
 
 @patch

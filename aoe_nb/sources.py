@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sources', 'data_home', 'fit', 'is_image', 'image_files', 'read_images', 'class_of', 'read_folder', 'read_file',
-           'cached', 'Source', 'sources_table', 'on_disk', 'load', 'aoe_fetch']
+           'cached', 'Source', 'sources_table', 'on_disk', 'load']
 
 # %% ../nbs/13_sources.ipynb #0bc68e57
 import csv, hashlib, re, torch, warnings, zipfile, zlib, numpy as np, pandas as pd
@@ -14,7 +14,6 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from PIL import Image, ImageOps
-from fastcore.script import call_parse
 from tqdm import tqdm
 from .record import write_whole
 with warnings.catch_warnings():
@@ -330,14 +329,8 @@ def load(
     return cached(_cache(name, split), make)
 
 # %% ../nbs/13_sources.ipynb #13a00027
-@call_parse
-def aoe_fetch(
-    names:str, # Data sets to fetch, separated by commas; "list" shows what there is
-):
-    "Fetch data sets from their public homes into fastai's data folder, and say how many images each has"
-    if names == 'list': return print(sources_table()[['what','n','fetch']].to_string())
-    for name in names.split(','):
-        splits = sources[name].n if name in sources else ['test'] # an unknown name fails in `load`, which says so
-        try:
-            for split in splits: print(f'{name} {split}: {len(load(name, split)[0]):,} images')
-        except (ValueError, FileNotFoundError, ImportError) as e: raise SystemExit(f'aoe_fetch: {e}')
+def __getattr__(name):
+    "`aoe_fetch` moved to the [commands](21_cli.ipynb), and is importable from here for one more release"
+    if name != 'aoe_fetch': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from aoe_nb.cli import aoe_fetch
+    return aoe_fetch

@@ -2,26 +2,15 @@
 
 import copy
 import warnings
-from collections import OrderedDict, namedtuple
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.vision.all import DataLoaders, ImageDataLoaders, set_seed, vision_learner
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from aoe_nb import peers
-from aoe_nb.attack import FGSM, PGD, Square, eval_mode
-from aoe_nb.batchnorm import as_outliers, bn_ways, replace_once
-from aoe_nb.data import inliers, outliers
-from aoe_nb.energy import energy
-from aoe_nb.evaluation import on_input
-from aoe_nb.models import as_input, get_logits, resnet20, small_cnn
+from aoe_nb.batchnorm import bn_ways, replace_once
+from aoe_nb.models import get_logits
 
 timm = pytest.importorskip('timm')
 
