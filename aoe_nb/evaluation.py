@@ -530,3 +530,13 @@ def transfer_matrix(
     for name,bench in benches.items():
         res[name] = {on: ood_metrics(bench.clean, bench.scores(x))[metric] for on,x in made.items()}
     return pd.DataFrame(res).rename_axis(index='made on', columns='scored by')
+
+# %% ../nbs/07_evaluation.ipynb #0ld07000
+from aoe_nb.metrics import bootstrap_interval, compare_reports, image_bootstrap # noqa: F401 (were here)
+
+# %% ../nbs/07_evaluation.ipynb #0ld07001
+def __getattr__(name):
+    "`pytorch_ood_score` moved to a room above this one, and is importable from here for one more release"
+    if name != 'pytorch_ood_score': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from aoe_nb.peers import pytorch_ood_score
+    return pytorch_ood_score

@@ -331,3 +331,6 @@ def exposed(self:Learner, n=8):
         x = cb._transformed(cb.stream.draw(n), like)
         return x,cb._moved_out(x)
     finally: cb.load_state_dict(before)
+
+# %% ../nbs/05_exposure.ipynb #0ld05000
+from aoe_nb.device import DeviceMixedPrecision # noqa: F401 (was here)

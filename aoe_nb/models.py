@@ -307,3 +307,6 @@ def load_weights(
     for line in bad: print(line)
     model.load_state_dict({ours: theirs[other] for ours,other in names.items()}, strict=False)
     return model
+
+# %% ../nbs/10_models.ipynb #0ld10000
+from aoe_nb.device import keep_memory # noqa: F401 (was here)

@@ -334,3 +334,6 @@ def __getattr__(name):
     if name != 'aoe_fetch': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from aoe_nb.cli import aoe_fetch
     return aoe_fetch
+
+# %% ../nbs/13_sources.ipynb #0ld13000
+from aoe_nb.record import check_writable, provenance # noqa: F401 (were here)
