@@ -453,7 +453,11 @@ def _has_rows(source):
     return len(source) > 0 and getattr(pair(source[0])[0], 'ndim', 3) != 4
 
 def _rows(source, name):
-    "`Rows` of the `source`, after a look at the first"
+    "`Rows` of the `source` after a look at the first, or one tensor where it lists nothing but tensors or arrays"
+    if isinstance(source, (list,tuple)):
+        if all(isinstance(o, (Tensor,np.ndarray)) for o in source): return image_batch(source, name)
+        sizes = sorted({o.size for o,_ in map(pair, source) if isinstance(o, Image.Image)})
+        if len(sizes) > 1: raise ValueError(f'{name} have sizes {sizes[0]} and {sizes[1]}: bring them to one size')
     if len(source):
         try:
             with no_random(): one_image(pair(source[0])[0])

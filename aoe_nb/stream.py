@@ -112,6 +112,9 @@ def _loaded(self:OutlierStream):
         if b is None:
             self.batches = iter(self.source)
             b = next(self.batches, None)
+    if b is None and isinstance(self.source, Iterator):
+        raise ValueError('the outlier source is empty: it yields no batch any more and cannot start over, '
+                         'give a list or a loader')
     if b is None: raise ValueError('the outlier source is empty: the loader yields no batch')
     return _no_labels(b, self.own)
 
@@ -131,7 +134,8 @@ def _of_source(source, x):
 @patch
 def draw(self:OutlierStream, n):
     "The next `n` outliers, float in [0,1] of shape (n,C,H,W)"
-    if isinstance(self.source, (Tensor,np.ndarray)): return as_pixels(self.source[self._indexed(n)])
+    if isinstance(self.source, Tensor): return as_pixels(self.source[self._indexed(n)])
+    if isinstance(self.source, np.ndarray): return as_pixels(self.source[self._indexed(n).numpy()])
     if isinstance(self.source, Rows): return self._rows(n)
     if callable(self.source):
         with self._private(): x = self.source(n)
@@ -163,6 +167,7 @@ def load_state_dict(self:OutlierStream, sd):
 @patch
 def check_fit(self:OutlierStream, learn):
     "Refuse outliers that do not have the channels and size of the learner's inliers; uses nothing up"
+    if isinstance(self.source, Tensor) and self.source.is_floating_point(): as_pixels(self.source) # all of them
     state = self.state_dict()
     x = self.draw(1)
     if isinstance(self.source, Iterator): self.left = torch.cat([x, self.left]) # it cannot be rewound
