@@ -19,7 +19,7 @@ from .data import Images, outliers
 from .energy import energy, get_score, msp
 from .loaders import Pixels
 from .stream import labelled_batches, pixel_batches
-from .metrics import calibration_bins, ood_metrics, report_from_scores
+from .metrics import calibration_bins, metric_names, ood_metrics, report_from_scores
 
 # %% ../nbs/07_evaluation.ipynb #05c0a447
 @dataclass(eq=False)
@@ -213,7 +213,10 @@ def certainty(self:Bench)->Tensor: # (N,3)
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
         return torch.stack([confidence, (predicted == y).float(), nll], 1)
-    return self.over(self.inliers, f, 'certainty')
+    rows = self.over(self.inliers, f, 'certainty')
+    n_nan = int(rows.isnan().any(1).sum())
+    if n_nan: raise ValueError(f'the model is NaN on {n_nan} of {len(rows)} inliers: look at it on those images')
+    return rows
 
 # %% ../nbs/07_evaluation.ipynb #21ffd2a4
 @patch
@@ -270,7 +273,17 @@ def metrics(
 )->pd.DataFrame: # one row a set, then the means
     "Metrics on each set, and their means"
     s_in,outs = self.sides(attack, attacked)
-    return report_from_scores(s_in, outs, n_boot, self.seed)
+    df = report_from_scores(s_in, outs, n_boot, self.seed)
+    df['group'] = df.group.fillna('own')
+    return _for_a_terminal(df)
+
+# %% ../nbs/07_evaluation.ipynb #07b00004
+def _for_a_terminal(df):
+    "A report with the columns that matter at its ends, for pandas leaves out those in the middle where it is narrow"
+    names = sorted(metric_names, key=lambda name: name not in ('AUROC','FPR95'))
+    numbers = [c for name in names for c in (name, f'{name}_lo', f'{name}_hi') if c in df]
+    others = df.columns.drop([*numbers, 'group'])
+    return df[[*numbers, *others, 'group']]
 
 # %% ../nbs/07_evaluation.ipynb #fcf0971c
 @patch
@@ -315,7 +328,7 @@ def frame(
     s_in,outs = self.sides(attack)
     parts = [pd.DataFrame(dict(population='inliers', group=None, score=s_in.numpy()))]
     for name,(group,s) in outs.items():
-        parts.append(pd.DataFrame(dict(population=name, group=group, score=s.numpy())))
+        parts.append(pd.DataFrame(dict(population=name, group=group or 'own', score=s.numpy())))
     return pd.concat(parts, ignore_index=True)
 
 @patch
