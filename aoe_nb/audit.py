@@ -217,7 +217,7 @@ def summary(
     "How many faults and warnings there are"
     faults = int((table.verdict == 'fault').sum())
     warnings = int((table.verdict == 'warning').sum())
-    return (f'{faults} fault{"" if faults == 1 else "s"}, {warnings} warnings '
+    return (f'{faults} fault{"" if faults == 1 else "s"}, {warnings} warning{"" if warnings == 1 else "s"} '
             '(a warning is a property of the set: say it beside its number)')
 
 # %% ../nbs/12_audit.ipynb #12b00023

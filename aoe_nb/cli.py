@@ -8,7 +8,6 @@ __all__ = ['command', 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_a
 # %% ../nbs/21_cli.ipynb #21c00002
 import csv, re, sys, time
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
-from fastcore.docments import docments
 from functools import partial, wraps
 from importlib.resources import files
 from inspect import signature
@@ -19,6 +18,7 @@ _format = partial(HelpFormatter, max_help_position=26)
 
 def _parser(f):
     "A parser from the signature of `f` and the comments there"
+    from fastcore.docments import docments
     parser = ArgumentParser(f.__name__, description=f.__doc__, formatter_class=_format, argument_default=SUPPRESS)
     subject = next(iter(signature(f).parameters))
     for name,o in docments(f, full=True, returns=False).items():
@@ -31,7 +31,7 @@ def _parser(f):
         if name == subject:
             group = parser.add_mutually_exclusive_group()
             group.add_argument(name, nargs='?', type=o.anno, help=says)
-            says = f'the same as {name}, with its name'
+            says = f'The same as {name} above'
         group.add_argument(f'--{name}', type=o.anno, metavar=name.upper(), help=says)
     return parser
 
@@ -50,8 +50,9 @@ def command(
         @wraps(f)
         def run(*args, **kwargs):
             as_program = Path(sys.argv[0]).stem == name
-            if as_program and not args and not kwargs: kwargs = _arguments(f, sys.argv[1:])
-            try: return f(*args, **kwargs)
+            try:
+                if as_program and not args and not kwargs: kwargs = _arguments(f, sys.argv[1:])
+                return f(*args, **kwargs)
             except (ValueError, OSError, ImportError, FloatingPointError) as e: raise SystemExit(f'{name}: {e}')
             except KeyboardInterrupt:
                 given = signature(f).bind(*args, **kwargs)

@@ -614,7 +614,7 @@ def _plan(path, data, preset, run):
     lines.append(f'Ctrl-C stops it, the same command goes on; after each epoch {run} shows samples')
     places = path.parent,generator_path(preset, data).parent
     there = sorted({f.name for o in places for f in o.glob(f'gan-*-{Path(data).name}-s*.pt')} - {path.name})
-    if there: lines.append(f'trained already: {", ".join(there)} (--preset, --seed)')
+    if there: lines.append(f'trained already, see --preset and --seed: {", ".join(there)}')
     lines.append(f'to do without: --weights with the folder of a {path.name}, or outliers that need no training, '
                  'PCAGaussian and Mixed in aoe_nb.generate')
     return '\n  '.join(lines)
