@@ -42,17 +42,25 @@ def _size(source):
     "Height and width of the images, None where that would use up a shuffled or endless loader"
     if isinstance(source, Images): return tuple(source.x.shape[2:])
     if isinstance(source, (Tensor,np.ndarray)): return tuple(source.shape[2:])
+    if isinstance(source, Rows): return tuple(source[:1][0].shape[2:])
     if getattr(source, 'shuffle', True) or not hasattr(source, 'one_batch'): return None
     batch = source.one_batch()
     x = batch[0] if isinstance(batch, (tuple,list)) else batch
     return tuple(x.shape[2:])
 
-def _opened(sets, inliers):
-    "`sets` with folders read as images, or an error that says what is wrong with them"
+def _validation(dls):
+    "The validation images of a learner, None where it has none"
+    loaders = dls.loaders
+    if len(loaders) < 2: return None
+    try: return loaders[1] if len(loaders[1].dataset) else None
+    except (AttributeError,TypeError): return loaders[1] # a data set without a length
+
+def _opened(sets, inliers, learn):
+    "`sets` with whatever holds images opened for the learner, or an error that says what is wrong with them"
     if not isinstance(sets, dict):
         raise TypeError(f'sets must be a dict, such as {{"mine": folder}}, not a {type(sets).__name__}')
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
-    sets = {name: outliers(o) if isinstance(o, (str,Path)) else o for name,o in sets.items()}
+    sets = {name: given(o, learn, name=name) for name,o in sets.items()}
     size = _size(inliers)
     if not size: return sets
     for name,o in sets.items():
@@ -69,7 +77,7 @@ def _opened(sets, inliers):
 class Bench:
     "A learner as it is now on the bench: its scores of inliers and outliers, clean or attacked, and their metrics"
     learn:Learner
-    sets:dict=None # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict=None # {name: images in any form} of outliers
     score:callable=energy # name, function of logits, or `on_input`
     inliers:object=None # default: the learner's validation set
     seed:int=0 # of attack and resamples
@@ -81,26 +89,39 @@ class Bench:
         self.device = next(self.model.parameters()).device
         self.pixels = Pixels(self.learn.dls.train)
         self.score = get_score(self.score)
-        if self.inliers is None: self.inliers = self.learn.dls.valid
+        if self.inliers is None: self.inliers = _validation(self.learn.dls)
 
     @cached_property
-    def images(self): return _opened(self.sets, self.inliers)
+    def known(self): # the inliers, opened
+        if self.inliers is not None: return given(self.inliers, self.learn, name='the inliers')
+        raise ValueError('the learner has no validation images, as after load_learner: give some with inliers=')
 
     @cached_property
-    def clean(self): return self.scores(self.inliers) # inliers that no attack touches are scored once
+    def images(self): return _opened(self.sets, self.known, self.learn)
+
+    @cached_property
+    def clean(self): return self.scores(self.known) # inliers that no attack touches are scored once
+
+    def inputs(self, x):
+        "What the model gets of images in [0,1]"
+        return as_input(self.model, self.pixels.encode(x))
+
+    def logits(self, x):
+        "What the model says of images in [0,1]"
+        return get_logits(self.model(self.inputs(x))).float()
 
     def of_pixels(self, x, score):
         "`score` of images in [0,1]"
-        inputs = self.pixels.encode(x)
-        if isinstance(score, on_input): res = score(self.model, inputs)
-        else: res = score(self.model(inputs).float())
+        if isinstance(score, on_input): res = score(self.model, self.inputs(x))
+        else: res = score(self.logits(x))
         if res.shape != x.shape[:1]:
             raise ValueError(f'a score must be one number an image, shape ({len(x)},), not {tuple(res.shape)}')
         return res
 
     def loss(self, x):
         "What an attack on the score descends"
-        return self.of_pixels(x, log_msp if self.score is msp else self.score)
+        score = log_msp if self.score is msp else self.score
+        return steeper(self.model, self.of_pixels(x, score))
 
 # %% ../nbs/07_evaluation.ipynb #ec9a1a5c
 @patch
@@ -110,14 +131,14 @@ def setting(self:Bench)->list:
     device = self.device.type
     precision = [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
         torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
-    code = [code_of(f'aoe_nb.{room}') for room in ('attack','data','energy','evaluation','loaders')]
+    code = [code_of(f'aoe_nb.{room}') for room in ('attack','data','energy','evaluation','loaders','models')]
     stats = None if norm is None else (norm.mean, norm.std)
     return [self.model, stats, str(self.device), precision, torch.__version__, code]
 
 @patch
 def over(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     f, # images in [0,1], labels or None -> Tensor, one row an image
     about, # what `f` depends on besides the learner
 )->Tensor: # on the CPU
@@ -130,7 +151,8 @@ def over(
                 res.append(f(x.to(self.device), y).detach().cpu())
         if not res: raise ValueError('there are no images to score')
         return torch.cat(res)
-    def batches(): return labelled_batches(source, self.bs)
+    source = given(source, self.learn)
+    def batches(): return labelled_batches(source, self.bs, self.learn)
     if self.cache is None: return compute(batches())
     return kept(self.cache, [self.setting(), about, self.bs], batches, compute)
 
@@ -145,7 +167,7 @@ def attacker(self:Bench, attack, sign=1):
 @patch
 def scores(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack=None, # moves the images before they are scored
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # (N,) on the CPU
@@ -162,7 +184,7 @@ def scores(
 @patch
 def ood_scores(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     score=energy, # name, function of logits (N,C) -> (N,), or `on_input`
     attack=None, # moves the images before they are scored, such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score (an outlier made to look familiar), -1: raises it (an inlier made strange)
@@ -177,19 +199,19 @@ def ood_scores(
 @patch
 def attacked(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack, # such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # float in [0,1], on the CPU
     "The images of `source` after `attack` on the score"
     move = self.attacker(attack, sign)
     with eval_mode(self.model):
-        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs)])
+        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs, self.learn)])
 
 @patch
 def attacked_images(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack, # such as `FGSM(2/255)`
     score=energy, # name, function of logits, or `on_input`
     sign=1, # 1: the attack lowers the score, -1: raises it
@@ -305,7 +327,7 @@ def report(
 @patch
 def ood_report( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # such as `FGSM(2/255)` or `PGD(2/255, 20)`, end to end on `score`
     attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
@@ -372,7 +394,7 @@ def curve(
 @patch
 def robustness_curve( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     eps=None, # sizes of the attack in pixels of a [0,1] image, 0: none; default: 0, .5, 1, 2, 4, 8 and 16 /255
     attack=PGD, # class or function eps -> attack, or an attack whose eps is replaced
     score=energy, # name, function of logits, or `on_input`
@@ -390,7 +412,7 @@ def robustness_curve( # noqa: PLR0913
 @patch
 def masking(
     self:Bench,
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     eps=8/255, # where attacks are compared
     steps:int=20, # of PGD
     n_queries:int=200, # of Square
@@ -398,10 +420,13 @@ def masking(
     tol=.01, # in AUROC, and share of images
 )->pd.DataFrame: # one row a check: value, limit, suspicious
     "Signs that gradients are masked"
+    clean = self.clean
+    source = given(source, self.learn)
     with eval_mode(self.model):
-        without = [no_gradient(x.to(self.device), self.loss) for x in pixel_batches(source, self.bs)]
+        batches = pixel_batches(source, self.bs, self.learn)
+        without = [no_gradient(x.to(self.device), self.loss) for x in batches]
     flat = torch.cat(without).float().mean().item()
-    def auroc(attack): return ood_metrics(self.clean, self.scores(source, attack))['AUROC']
+    def auroc(attack): return ood_metrics(clean, self.scores(source, attack))['AUROC']
     def descended(attack): return auroc(None if flat == 1 else attack) # no gradient, no attack
     pgd = descended(PGD(eps, steps))
     found = {
@@ -415,7 +440,7 @@ def masking(
 @patch
 def masking_check( # noqa: PLR0913
     self:Learner,
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     score=energy, # name, function of logits, or `on_input`
     eps=8/255, # where attacks are compared (8/255)
     steps:int=20, # of PGD
@@ -454,7 +479,7 @@ def table(
 @patch
 def attack_table( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     scores:dict, # {name: score}
     attacks:dict, # {name: attack or None}
     metric='AUROC',
@@ -491,7 +516,7 @@ def standard_attacks(
 # %% ../nbs/07_evaluation.ipynb #f42e9444
 def transfer_matrix(
     learners:dict, # {name: Learner}
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     attack, # such as `PGD(4/255, 20)`
     score=energy, # name, function of logits, or `on_input`, attacked and measured
     metric='AUROC',
@@ -507,3 +532,13 @@ def transfer_matrix(
     for name,bench in benches.items():
         res[name] = {on: ood_metrics(bench.clean, bench.scores(x))[metric] for on,x in made.items()}
     return pd.DataFrame(res).rename_axis(index='made on', columns='scored by')
+
+# %% ../nbs/07_evaluation.ipynb #0ld07000
+from aoe_nb.metrics import bootstrap_interval, compare_reports, image_bootstrap # noqa: F401 (were here)
+
+# %% ../nbs/07_evaluation.ipynb #0ld07001
+def __getattr__(name):
+    "`pytorch_ood_score` moved to a room above this one, and is importable from here for one more release"
+    if name != 'pytorch_ood_score': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from aoe_nb.peers import pytorch_ood_score
+    return pytorch_ood_score
