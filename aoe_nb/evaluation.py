@@ -9,16 +9,16 @@ __all__ = ['on_input', 'log_msp', 'Bench', 'standard_attacks', 'transfer_matrix'
 import warnings, numpy as np, pandas as pd, torch
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from torch import Tensor
 from fastcore.all import patch
 from fastai.learner import Learner
 from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no_gradient
 from .cache import code_of, kept
-from .data import Images, outliers
+from .data import Images
 from .energy import energy, get_score, msp
-from .loaders import Pixels
-from .stream import labelled_batches, pixel_batches
+from .loaders import Pixels, Rows
+from .models import as_input, get_logits, steeper
+from .stream import given, labelled_batches, pixel_batches
 from .metrics import calibration_bins, metric_names, ood_metrics, report_from_scores
 
 # %% ../nbs/07_evaluation.ipynb #05c0a447
@@ -224,18 +224,29 @@ def attacked_images(
 # %% ../nbs/07_evaluation.ipynb #37118b21
 class _Unlabelled(ValueError): pass
 
+def _numbered_for(learn, inliers):
+    "The `inliers` with the learner's numbers for their classes, or an error if it does not know one"
+    vocab = getattr(learn.dls, 'vocab', None)
+    classes = getattr(inliers, 'classes', None)
+    if not isinstance(inliers, Images) or inliers.y is None or not vocab or not classes: return inliers
+    numbers = {str(name): i for i,name in enumerate(vocab)}
+    new = [str(name) for name in classes if str(name) not in numbers]
+    if new: raise ValueError(f'{inliers.name} has classes that the learner does not know: {", ".join(new[:5])}')
+    res = inliers.take(slice(None))
+    res.y = torch.tensor([numbers[str(name)] for name in classes])[inliers.y]
+    return res
+
 @patch
 def certainty(self:Bench)->Tensor: # (N,3)
     "Confidence, correctness and negative log-likelihood of each labelled inlier"
     def f(x, y):
         if y is None or y.ndim != 1 or y.is_floating_point():
             raise _Unlabelled('accuracy and calibration need inliers with class labels, these have none')
-        with torch.no_grad(): logits = self.model(self.pixels.encode(x))
-        logp = logits.float().log_softmax(1)
+        with torch.no_grad(): logp = self.logits(x).log_softmax(1)
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
         return torch.stack([confidence, (predicted == y).float(), nll], 1)
-    rows = self.over(self.inliers, f, 'certainty')
+    rows = self.over(_numbered_for(self.learn, self.known), f, 'certainty')
     n_nan = int(rows.isnan().any(1).sum())
     if n_nan: raise ValueError(f'the model is NaN on {n_nan} of {len(rows)} inliers: look at it on those images')
     return rows
@@ -278,7 +289,7 @@ def sides(
     if attacked not in ('ood','id','both'): raise ValueError(f'attacked must be one of ood, id, both, not {attacked!r}')
     sets = self.images
     if attack is None or attacked == 'ood': s_in = self.clean
-    else: s_in = self.scores(self.inliers, attack, sign=-1)
+    else: s_in = self.scores(self.known, attack, sign=-1)
     on_outliers = None if attacked == 'id' else attack
     res = {}
     for name,o in sets.items():
@@ -356,7 +367,7 @@ def frame(
 @patch
 def score_frame(
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # of the outliers
     inliers=None, # default: the learner's validation set
