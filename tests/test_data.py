@@ -31,12 +31,14 @@ def folder(path, files, colour=True):
     return path
 
 
-def split(*classes, part='', n=2, split='train'): return [f'{split}/{c}/{part}{i}.png' for c in classes for i in range(n)]
+def split(*classes, part='', n=2, split='train'):
+    return [f'{split}/{c}/{part}{i}.png' for c in classes for i in range(n)]
 
 
 @contextlib.contextmanager
 def silent(learn):
-    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()): yield
+    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 # One number for a class
@@ -46,30 +48,38 @@ def silent(learn):
 def test_the_training_split_numbers_the_classes(part, tmp_path):
     d = folder(tmp_path, split('ant', 'bee', 'cat', part=part) + split('cat', 'bee', part=part, split='test'))
     a, b = inliers(d), inliers(d, 'test')
-    eq((a.classes, b.classes), (['ant', 'bee', 'cat'],)*2)
-    eq((a.y.tolist(), b.y.tolist()), ([0, 1, 2]*2, [1, 2]*2))
+    eq((a.classes, b.classes), (['ant', 'bee', 'cat'],) * 2)
+    eq((a.y.tolist(), b.y.tolist()), ([0, 1, 2] * 2, [1, 2] * 2))
     eq(list(a.dls(2, valid=b).vocab), a.classes)
 
 
-@pytest.mark.parametrize('files,why', [
-    (split('a', 'b') + split('b', 'c', split='test'), 'train/ lacks: c'),
-    (split('a', 'b') + ['test/0.png'], 'lies in no class folder'),
-    (split('a', 'b') + split('a', split='test') + ['test/0.png'], 'lies in no class folder'),
-    (split('all/a', 'all/b') + split('all/a', split='test'), 'has one class, all'),
-    (split('a', 'b'), 'has no folder test'),
-], ids=range(5))
+@pytest.mark.parametrize(
+    'files,why',
+    [
+        (split('a', 'b') + split('b', 'c', split='test'), 'train/ lacks: c'),
+        (split('a', 'b') + ['test/0.png'], 'lies in no class folder'),
+        (split('a', 'b') + split('a', split='test') + ['test/0.png'], 'lies in no class folder'),
+        (split('all/a', 'all/b') + split('all/a', split='test'), 'has one class, all'),
+        (split('a', 'b'), 'has no folder test'),
+    ],
+    ids=range(5),
+)
 def test_what_cannot_be_numbered_is_refused(files, why, tmp_path):
     fails(lambda: [inliers(folder(tmp_path, files), s) for s in ('train', 'test')], contains=why)
 
 
-@pytest.mark.parametrize('valid,why', [
-    (lambda: test.select('7654210'), 'their order'),
-    (lambda: test.select('0124'), '(5, 6, 7)'),
-    (lambda: inliers('digits', 'test'), '(3, 8, 9)'),
-    (lambda: Images(test.x), 'no labels to validate with'),
-    (lambda: Images(test.x.repeat(1, 3, 1, 1), test.y, test.classes), 'bring them to its channels'),
-    (lambda: Images(test.x.repeat(1, 1, 2, 2), test.y, test.classes), 'bring them to its size'),
-], ids=range(6))
+@pytest.mark.parametrize(
+    'valid,why',
+    [
+        (lambda: test.select('7654210'), 'their order'),
+        (lambda: test.select('0124'), '(5, 6, 7)'),
+        (lambda: inliers('digits', 'test'), '(3, 8, 9)'),
+        (lambda: Images(test.x), 'no labels to validate with'),
+        (lambda: Images(test.x.repeat(1, 3, 1, 1), test.y, test.classes), 'bring them to its channels'),
+        (lambda: Images(test.x.repeat(1, 1, 2, 2), test.y, test.classes), 'bring them to its size'),
+    ],
+    ids=range(6),
+)
 def test_validation_images_of_another_kind_are_refused(valid, why):
     fails(lambda: train.dls(8, valid=valid()), contains=why)
 
@@ -101,9 +111,19 @@ def test_outliers_keep_the_classes_of_their_folders(tmp_path):
 def test_outliers_from_other_things(tmp_path):
     x = train.x[:4]
     files = [tmp_path / f'{i}.png' for i in range(4)]
-    for file, o in zip(files, x): Image.fromarray(o[0].numpy()).save(file)
+    for file, o in zip(files, x):
+        Image.fromarray(o[0].numpy()).save(file)
     ds = torch.utils.data.TensorDataset(x)
-    for source in files, L(files), x/255, x.permute(0, 2, 3, 1), list(x), ds, torch.utils.data.DataLoader(ds, 3), iter(files):
+    for source in (
+        files,
+        L(files),
+        x / 255,
+        x.permute(0, 2, 3, 1),
+        list(x),
+        ds,
+        torch.utils.data.DataLoader(ds, 3),
+        iter(files),
+    ):
         eq(outliers(source).x, x)
     eq(outliers(files[2]).x, x[2:3])
     eq(outliers(x).name, 'outliers')
@@ -117,21 +137,23 @@ def test_outliers_from_other_things(tmp_path):
 @pytest.fixture(scope='module')
 def learn():
     set_seed(0)
-    learn = Learner(train.dls(32, valid=test, normalize=([.3], [.37])), small_cnn(1, 7))
-    with silent(learn): learn.fit(3, 5e-3)
+    learn = Learner(train.dls(32, valid=test, normalize=([0.3], [0.37])), small_cnn(1, 7))
+    with silent(learn):
+        learn.fit(3, 5e-3)
     return learn
 
 
 @pytest.fixture(scope='module')
 def probs(learn):
-    with silent(learn): return learn.get_preds()[0]
+    with silent(learn):
+        return learn.get_preds()[0]
 
 
 def test_interpretation(learn, probs):
     with silent(learn):
         interp = ClassificationInterpretation.from_learner(learn)
         confusion = interp.confusion_matrix()
-        want = torch.bincount(7*test.y + probs.argmax(1), minlength=49).view(7, 7)
+        want = torch.bincount(7 * test.y + probs.argmax(1), minlength=49).view(7, 7)
         eq(confusion, want.numpy())
         actual, predicted, n = interp.most_confused()[0]
         eq(n, want[test.classes.index(actual), test.classes.index(predicted)].item())
@@ -150,7 +172,7 @@ def test_show_results_predict_and_tta(learn, probs, tmp_path):
     with silent(learn):
         learn.show_results(max_n=4)
         close(learn.tta(n=2)[0], probs, 1e-4)
-        for item in test[0][0], test.x[0], test.x[0]/255, file, str(file), Image.open(file), test.x[0, 0].numpy():
+        for item in test[0][0], test.x[0], test.x[0] / 255, file, str(file), Image.open(file), test.x[0, 0].numpy():
             name, number, p = learn.predict(item)
             close(p, probs[0], 1e-5)
             eq(name, test.classes[int(number)])
@@ -165,7 +187,8 @@ def test_a_grey_file_in_a_coloured_learner(tmp_path):
     learn = Learner(Images(x, torch.arange(40) % 2, ['a', 'b']).dls(8), small_cnn(3, 2))
     folder(tmp_path, ['grey.png'], colour=False)
     Image.open(tmp_path / 'grey.png').convert('RGB').save(tmp_path / 'rgb.png')
-    with silent(learn): a, b = (learn.predict(tmp_path / f)[2] for f in ('grey.png', 'rgb.png'))
+    with silent(learn):
+        a, b = (learn.predict(tmp_path / f)[2] for f in ('grey.png', 'rgb.png'))
     eq(a, b)
 
 
@@ -174,7 +197,8 @@ def test_an_exported_learner_measures_what_it_is_given(learn, tmp_path):
     again = load_learner(tmp_path / 'l.pkl')
     files = [tmp_path / f'ims/{i}.png' for i in range(5)]
     files[0].parent.mkdir()
-    for file, x in zip(files, test.x): Image.fromarray(x[0].numpy()).save(file)
+    for file, x in zip(files, test.x):
+        Image.fromarray(x[0].numpy()).save(file)
     want = learn.ood_scores(test)
     for source in files[0].parent, files, L(files), [Image.open(o) for o in files], test.x[:5]:
         close(again.ood_scores(source), want[:5], 1e-5)
@@ -193,8 +217,8 @@ def test_inliers_with_numbers_of_their_own(learn):
 
 
 def test_a_learner_over_loaders_of_pytorch():
-    ds = torch.utils.data.TensorDataset(train.x/255, train.y)
-    dls = DataLoaders(*[torch.utils.data.DataLoader(ds, 16)]*2)
+    ds = torch.utils.data.TensorDataset(train.x / 255, train.y)
+    dls = DataLoaders(*[torch.utils.data.DataLoader(ds, 16)] * 2)
     learn = Learner(dls, small_cnn(1, 7), loss_func=torch.nn.CrossEntropyLoss())
     eq(learn.ood_scores(list(train.x[:5])).shape, (5,))
     fails(lambda: learn.ood_scores(train.x.repeat(1, 1, 2, 2)), contains='bring them to its size')

@@ -208,7 +208,12 @@ def around(layer, x):
     "A small network with `layer` in it, in front of which activations have means and variances of their own"
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), layer(), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)
+        nn.Conv2d(3, 8, 3),
+        layer(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
     )
     with torch.no_grad():
         for _ in range(3):
