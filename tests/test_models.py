@@ -3,23 +3,19 @@
 import copy
 import os
 import warnings
+from collections import OrderedDict, namedtuple
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-<<<<<<< HEAD
-=======
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.all import DataLoaders, set_seed, vision_learner
->>>>>>> ka
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-<<<<<<< HEAD
-from aoe_nb.batchnorm import bn_ways, replace_once
-from aoe_nb.models import get_logits
-=======
 import aoe_nb.exposure  # noqa: F401 (learn.expose)
 from aoe_nb import peers
 from aoe_nb.attack import FGSM, PGD, Square
@@ -28,7 +24,6 @@ from aoe_nb.data import inliers, outliers
 from aoe_nb.energy import energy
 from aoe_nb.evaluation import on_input
 from aoe_nb.models import get_logits, resnet20, small_cnn
->>>>>>> ka
 
 timm = pytest.importorskip('timm')
 
