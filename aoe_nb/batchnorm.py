@@ -9,7 +9,6 @@ __all__ = ['bn_ways', 'bn_separate', 'bn_aux', 'bn_frozen', 'norm_like', 'bn_inl
 import torch, torch.nn.functional as F
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode

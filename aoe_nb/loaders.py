@@ -381,7 +381,8 @@ def _files(source):
         path = Path(source)
         if path.is_dir(): return image_files(path)
         return [path] if path.is_file() and is_image(path) else None
-    if not isinstance(source, (list,tuple)) or not source or not isinstance(source[0], (*_file,Image.Image)): return None
+    if not isinstance(source, (list,tuple)) or not source: return None
+    if not isinstance(source[0], (*_file,Image.Image)): return None
     res = []
     for o in source:
         if isinstance(o, _file) and not Path(o).exists():
@@ -526,7 +527,7 @@ def shape_of(
 
 def _one(dl):
     "A batch of one, from a loader of fastai's or PyTorch's"
-    if isinstance(dl, DataLoader): # a copy, for `new` leaves its mark, by which random transforms would go on differently
+    if isinstance(dl, DataLoader): # a copy: `new` leaves its mark, and random transforms would go on differently
         return copy(dl).new(bs=1, num_workers=0, shuffle=False, drop_last=False).one_batch()
     return dl.collate_fn([dl.dataset[0]])
 

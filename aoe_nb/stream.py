@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from fasttransform import Pipeline
 from .data import Images, named
-from .loaders import Pixels, Rows, as_pixels, batch_of, batches_of, fitted, image_batch, learner_shape, opened, pair
+from .loaders import Pixels, Rows, as_pixels, batch_of, batches_of, fitted, image_batch
+from .loaders import learner_shape, opened, pair
 from fastai.torch_core import TensorImage, no_random
 from fastcore.all import patch
 

@@ -396,7 +396,8 @@ def whole_table(net, size, tol=1e-2):
 
 # and of all others that have one: minutes, if asked for by AOE_ALL_MODELS=1
 OTHERS = """cait_xxs24_224 coat_tiny convit_tiny cpubone_nano crossvit_tiny_240 cspnext_tiny deit_tiny_patch16_224
-    dla46x_c dpn48b edgenext_xx_small efficientformerv2_s0 efficientvim_m1 efficientvit_b0 eva02_tiny_patch14_224 fasternet_t0
+    dla46x_c dpn48b edgenext_xx_small efficientformerv2_s0 efficientvim_m1 efficientvit_b0 eva02_tiny_patch14_224
+    fasternet_t0
     hardcorenas_b hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto lcnetv2_small test_mambaout test_coatnet
     test_nfnet pit_ti_224 pvt_v2_b0 repghostnet_050 repvit_m1 resnest14d rexnet_100 legacy_seresnet18 shvit_s1
     skresnet18 starnet_s050 swiftformer_xs tiny_vit_5m_224 visformer_tiny vit_tiny_r_s16_p8_224 test_vit_relpos

@@ -34,8 +34,8 @@ from fastcore.test import test_close as close, test_eq as eq, test_fail as fails
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import aoe_nb.evaluation
-import aoe_nb.exposure  # noqa: F401 (what Learner gains)
+import aoe_nb.evaluation  # noqa: F401 (what Learner gains)
+import aoe_nb.exposure  # noqa: F401
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.data import Images, inliers, outliers
 from aoe_nb.generate import Generator, Mixed, PCAGaussian
