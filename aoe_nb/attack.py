@@ -60,8 +60,8 @@ def _check_eps(x, eps, lo, hi, norm):
     "Refuse an `eps` that is no distance between two images"
     if not (eps.isfinite() & (eps >= 0)).all():
         raise ValueError(f'eps must be finite and at least 0, not {eps}')
-    if norm == 'l2' and eps.ndim and eps[0].numel() > 1:
-        raise ValueError(f'in L2 eps is a radius, a number or one an image ({len(x)},), not of shape {tuple(eps.shape)}')
+    if norm == 'l2' and eps.ndim and (eps.ndim < x.ndim or eps[0].numel() > 1):
+        raise ValueError(f'in L2 eps is a radius: a number, or one an image ({len(x)},), not {tuple(eps.shape)}')
     if len(x) and (eps > _widest(x, lo, hi, norm)).any():
         raise ValueError(f'eps={eps.max():g} is wider than [lo, hi]: eps is in pixels of that range, '
                          'did you forget to divide by 255?')
@@ -152,14 +152,15 @@ def _within(x, eps, lo, hi, norm):
     return back
 
 # %% ../nbs/02_attack.ipynb #b9fbb834
-def _start(x, eps, lo, hi, generator, norm='linf', within=1.):
-    "A random point of the box around `x`, or of the ball whose radius is a share `within` of `eps`"
+def _start(x, eps, lo, hi, generator, norm='linf', near=False):
+    "A random point of the box, or of the ball, around `x`; in L2 `near` means a hundredth of the way"
     kw = dict(generator=generator, device=x.device, dtype=x.dtype)
     if norm == 'linf':
         offset = eps*(2*torch.rand(x.shape, **kw) - 1)
         return (x + offset).clamp(lo, hi)
     direction = torch.randn(x.shape, **kw)
-    radius = within*torch.rand(len(x), **kw)**(1/x[0].numel())
+    radius = torch.rand(len(x), **kw)**(1/x[0].numel())
+    if near: radius = radius/100
     offset = eps*_wide(radius, x)*direction/_length(direction)
     return (x + offset.to(x.dtype)).clamp(lo, hi)
 
@@ -211,18 +212,16 @@ def pgd( # noqa: PLR0913
     generator:torch.Generator=None, # of the random starts; default: the global one
     norm:str='linf', # how `eps` and `alpha` are measured: 'linf' (a box) or 'l2' (a ball)
 )->Tensor: # like x
-    """Projected gradient descent on `loss` within `eps` of `x` (Madry et al. 2018); in L2 the first start is near `x`,
-    because a random point of a high-dimensional ball lies on its surface, and restarts are anywhere in the ball"""
+    "Projected gradient descent on `loss` within `eps` of `x` (Madry et al. 2018); in L2 from a start near `x`"
     _check_runs(steps, restarts, random_start, alpha)
     image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
     alpha = 2.5*eps/steps if alpha is None else _beside('alpha', alpha, image)
-    best = None
     back = _within(image, eps, lo, hi, norm)
     clean = _better(None, image, loss) if keep_best else None
+    best = None
     for run in range(restarts):
-        within = 1. if run else .01
-        start = _start(image, eps, lo, hi, generator, norm, within) if random_start else image
+        start = _start(image, eps, lo, hi, generator, norm, near=not run) if random_start else image
         adv = _descend(start, loss, steps, alpha, back, norm, clean)
         best = _better(best, adv, loss) if restarts > 1 else (adv,)
     return best[0].as_subclass(type(x))

@@ -86,7 +86,7 @@ def _apart(layer, x, n, total, f):
         return torch.cat([normal, f(asked, asked.input[border:], inliers)])
     before = {name: b.clone() for name,b in _averages(layer).items()}
     instead = _Instead(layer, normalise)
-    with instead: res = type(layer).forward(layer, x)
+    with instead: res = layer.forward(x)
     if instead.found: return res
     after = _averages(layer)
     unmoved = all(torch.equal(b, after[name]) for name,b in before.items())
@@ -97,7 +97,7 @@ def _apart(layer, x, n, total, f):
 def _by_hand(layer, x, border, f):
     "As `_apart`, of a layer that normalises by its own arithmetic; refused if it does more than that"
     inliers = x[:border]
-    normal = type(layer).forward(layer, inliers)
+    normal = layer.forward(inliers)
     if isinstance(layer, _BatchNorm):
         group = None
         if isinstance(layer, nn.SyncBatchNorm) and distributed.is_initialized():
@@ -134,7 +134,7 @@ def bn_frozen(layer, x, n, total, aux):
     if not _averages(layer): return bn_separate(layer, x, n, total, aux)
     training = layer.training
     layer.training = False # not `eval()`: a dropout inside goes on
-    try: return type(layer).forward(layer, x)
+    try: return layer.forward(x)
     finally: layer.training = training
 
 # %% ../nbs/04_batchnorm.ipynb #04000015
@@ -183,28 +183,44 @@ def as_outliers(aux):
     finally: use(own)
 
 # %% ../nbs/04_batchnorm.ipynb #e9af0f27
-def _with_gradient(forward, layer, x, *more, **kwargs):
-    "`forward(layer, x)`, refused where it runs without gradients"
-    if more or kwargs:
-        raise ValueError(f'{type(layer).__name__} takes more than one input, of which it is not known '
-                         'where the outliers begin: use bn="mixed"')
-    if torch.is_grad_enabled(): return forward(layer, x)
-    raise RuntimeError('a BatchNorm layer runs without gradients: under activation checkpointing it would run again '
-                       'when outliers and inliers can no longer be told apart. Use bn="mixed", checkpoint nothing '
-                       'with BatchNorm in it, or put a body without gradients in eval mode')
-
 def _mixes(layer):
     "Whether `layer` lets the images of a batch see each other, now or through its running averages"
     if layer.training and _averages(layer): return True
     return isinstance(layer, _BatchNorm) and layer.running_mean is None # in eval mode, too
 
+def _put(module, given):
+    "Give `module` the entries `given` in place of a `forward` and a compiled call of its own"
+    for name in 'forward','_compiled_call_impl': module.__dict__.pop(name, None)
+    module.__dict__.update(given)
+
+def _given(module):
+    "What somebody else has put in place of the `forward` of `module`"
+    return {k: v for k,v in module.__dict__.items() if k in ('forward','_compiled_call_impl')}
+
+def _replace(layer, forward):
+    "Give `layer` another `forward`, during which it has its own; returns what it had before"
+    given = _given(layer)
+    def instead(x, *more, **kwargs):
+        if more or kwargs:
+            raise ValueError(f'{type(layer).__name__} takes more than one input, of which it is not known '
+                             'where the outliers begin: use bn="mixed"')
+        if not torch.is_grad_enabled():
+            raise RuntimeError('a BatchNorm layer runs without gradients: under activation checkpointing it would '
+                               'run again when outliers and inliers can no longer be told apart. Use bn="mixed", '
+                               'checkpoint nothing with BatchNorm in it, or put a body without gradients in eval mode')
+        _put(layer, given)
+        try: return forward(layer, x)
+        finally: _put(layer, dict(forward=instead))
+    _put(layer, dict(forward=instead))
+    return given
+
 @contextmanager
 def _replaced(layers, forward):
     "The `layers` with another `forward`, until the end of the block"
-    for layer in layers: layer.forward = partial(_with_gradient, forward, layer)
+    before = [(layer, _replace(layer, forward)) for layer in layers]
     try: yield
     finally:
-        for layer in layers: layer.__dict__.pop('forward', None)
+        for layer,given in before: _put(layer, given)
 
 # %% ../nbs/04_batchnorm.ipynb #04000027
 def replace_once(
@@ -216,16 +232,13 @@ def replace_once(
     layers = [m for m in model.modules() if _mixes(m)]
     if any(isinstance(m, torch.jit.ScriptModule) for m in layers):
         raise ValueError('the layers of a scripted model cannot be replaced: train the model that was scripted')
-    # somebody else may have replaced the model's before, or compiled it
-    given = {k: v for k,v in model.__dict__.items() if k in ('forward','_compiled_call_impl')}
+    given = _given(model) # somebody else may have replaced the model's before
     original = model.forward
-    def off():
-        model.__dict__.pop('forward', None)
-        model.__dict__.update(given)
+    def off(): _put(model, given)
     def once(*args, **kwargs):
         off()
         if not model.training or len(args[0]) != total: return original(*args, **kwargs)
         if not torch.is_grad_enabled(): raise RuntimeError('this pass keeps no graph: train with gradients enabled')
         with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
-    model.__dict__.update({k: None for k in given}, forward=once)
+    _put(model, dict(forward=once))
     return off

@@ -121,7 +121,9 @@ class Bench:
     def loss(self, x):
         "What an attack on the score descends"
         score = log_msp if self.score is msp else self.score
-        return steeper(self.model, self.of_pixels(x, score))
+        loss = self.of_pixels(x, score)
+        # of an `on_input` it is not known how steep it is
+        return loss if isinstance(score, on_input) else steeper(self.model, loss)
 
 # %% ../nbs/07_evaluation.ipynb #ec9a1a5c
 @patch

@@ -78,8 +78,10 @@ def each_tensor(out, f):
 
 # %% ../nbs/10_models.ipynb #10a00005
 def precision(model):
-    "The dtype of the first floating point parameter of `model`, None if it has none"
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    "The dtype of the first weights of `model`, None if it has none"
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    wide = [p for p in floating if p.ndim > 1] # not those of a normalisation, often float32 in a float16 network
+    return (wide or floating)[0].dtype if floating else None
 
 def as_input(model, x):
     "A copy of the inputs `x` in the precision of `model`, which may write on it"

