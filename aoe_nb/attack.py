@@ -50,10 +50,11 @@ def _check(x, eps, lo, hi, norm='linf'):
     beside = [_beside(name, v, x) for name,v in given.items()]
     eps,lo,hi = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in beside)
     _check_eps(x, eps, lo, hi, norm)
-    if x.numel() and not ((x >= lo) & (x <= hi)).all():
+    slack = 1e-3*(hi-lo) # what rounding may have added, cut off below
+    if x.numel() and not ((x >= lo-slack) & (x <= hi+slack)).all():
         raise ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
                          'attack pixels and normalise inside the loss, or pass lo and hi')
-    return x,eps,lo,hi
+    return x.clamp(lo, hi),eps,lo,hi
 
 def _check_eps(x, eps, lo, hi, norm):
     "Refuse an `eps` that is no distance between two images"

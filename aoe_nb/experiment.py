@@ -6,16 +6,16 @@
 __all__ = ['models', 'run', 'methods', 'demo_config', 'exposure_of', 'config_hash', 'result_path', 'check_config', 'train',
            'measure', 'read_results', 'one_config', 'demo_table', 'demo_figure', 'aoe_demo']
 
-# %% ../nbs/old/experiment.ipynb #f45fd73e
+# %% ../nbs/old/experiment.ipynb #f45fdd8a
 # ruff: noqa: F401
 import warnings
+from .study.grid import run_cell
+from .study.protocol import experiments, start_config, tune_config
 from .demo import aoe_demo, check_config, demo_config, demo_figure, demo_table
 from .demo import measure, one_config, run_demo, train
 from .methods import exposure_of, methods
 from .models import small_cnn
 from .record import config_hash, read_results, result_path
-from .study.grid import run_cell
-from .study.protocol import experiments, start_config, tune_config
 
 # %% ../nbs/old/experiment.ipynb #f45f8a8b
 _all_ = ['methods', 'demo_config', 'exposure_of', 'config_hash', 'result_path', 'check_config', 'train',

@@ -8,7 +8,10 @@ import torch
 from published import learner, sets
 
 from aoe_nb.data import inliers, unseen
+from aoe_nb.methods import methods
 from aoe_nb.sources import on_disk
+from aoe_nb.study.search import trial_config
+from aoe_nb.study.train import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = 'resnet20-12fca82f.th'
@@ -49,12 +52,9 @@ def test_classes_and_order_are_the_published_ones():
 
 def test_methods_of_a_pair_see_the_same_inliers():
     need('cifar10', 'tinyimagenet_aux', weights=PUBLISHED)
-    from aoe_nb.methods import methods
-    from aoe_nb.poster import _trial, tune
-
     first = {}
     for method in methods:
-        learn = tune(_trial('cifar10', method, steps=1, bs=64, bn='frozen'))
+        learn = tune(trial_config('cifar10', method, steps=1, bs=64, bn='frozen'))
         first[method] = learn.energy_log.rows[0]
     assert len({row[0] for row in first.values()}) == 1, first
     assert first['plain'][1] is None

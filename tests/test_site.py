@@ -16,10 +16,10 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 import yaml
-from collapse import notebooks
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from website import WIDGET, tidy
+from website import pages as notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = [p.relative_to(ROOT / 'nbs') for p in notebooks()]

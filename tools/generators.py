@@ -21,8 +21,10 @@ from aoe_nb.generate import frechet_distance, generator_path, load_generator, ne
 from aoe_nb.stream import pixel_batches
 from aoe_nb.models import imagenet_stats, load_weights, resnet20
 from aoe_nb.peers import _features
-from aoe_nb.poster import fixed_subset, load_start, starts
 from aoe_nb.record import write_whole
+from aoe_nb.stream import pixel_batches
+from aoe_nb.study.protocol import starts
+from aoe_nb.study.train import fixed_subset, load_start
 
 out = ROOT / 'results/generate'
 sigmas = [0.5, 1, 3, 7, 20, 50]

@@ -8,13 +8,18 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from collapse import notebooks, only_imports
 from fastcore.script import call_parse, store_true
 from fastcore.xtras import working_directory
+from nbdev import processors
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html
 from nbdev.serve import proc_nbs
 
+from aoe_nb._modidx import d as index
+
 ROOT = Path(__file__).resolve().parent.parent
+OLD = 'old'  # the folder of names that are kept for one release: no page of the site
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 # Quarto puts these on each page with a table in HTML, in case that a program drew it. Only widgets need them.
@@ -33,6 +38,28 @@ def link_prose(self, line):
 
 
 NbdevLookup.link_line = link_prose
+do_eval = processors._do_eval
+
+
+def defines_names(cell):
+    "As nbdev runs cells before it documents them, but not one that goes on to use what it imports"
+    if cell.cell_type != 'code':
+        return False
+    exported = {'export', 'exports', 'exporti', 'exec_doc'} & cell.directives_.keys()
+    return (exported or only_imports(cell.source) or 'show_doc(' in cell.source) and do_eval(cell)
+
+
+processors._do_eval = defines_names
+
+# A name in backticks leads to the page of its room, not to an old name of the same.
+for module, names in list(index['syms'].items()):
+    if any(page.startswith(f'{OLD}/') for page, _ in names.values()):
+        del index['syms'][module]
+
+
+def pages():
+    "The notebooks that are pages of the site"
+    return [p for p in notebooks() if OLD not in p.relative_to(ROOT / 'nbs').parts]
 
 
 def with_addresses(text, config):
@@ -112,7 +139,7 @@ def main(
     with TemporaryDirectory() as tmp:
         folder = Path(tmp)
         shutil.copy(ROOT / 'settings.ini', folder)
-        shutil.copytree(ROOT / 'nbs', folder / 'nbs')
+        shutil.copytree(ROOT / 'nbs', folder / 'nbs', ignore=shutil.ignore_patterns(OLD, '.ipynb_checkpoints'))
         docs = render(folder, quarto)
         if out == ROOT / '_docs':
             shutil.rmtree(out, ignore_errors=True)
