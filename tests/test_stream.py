@@ -34,13 +34,8 @@ from fastcore.test import test_close as close, test_eq as eq, test_fail as fails
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-<<<<<<< HEAD
-import aoe_nb.evaluation  # noqa: F401 (what Learner gains)
-import aoe_nb.exposure  # noqa: F401
-=======
 import aoe_nb.evaluation  # noqa: F401
 import aoe_nb.exposure  # noqa: F401 (what Learner gains)
->>>>>>> kb
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.audit import audit
 from aoe_nb.data import Images, inliers, outliers
