@@ -9,8 +9,27 @@ __all__ = ['fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'no_gradient', 'gaussian',
 # %% ../nbs/02_attack.ipynb #6d5e5481
 import bisect, math, torch
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from torch import Tensor
+
+# %% ../nbs/02_attack.ipynb #kd000001
+def _wide(v, x):
+    "One number an image, shaped to multiply images like `x`"
+    return v.view(-1, *[1]*(x.ndim-1))
+
+def _beside(name, v, x):
+    "`v` as it multiplies images like `x`: a number, one an image (N,), or of the dimensions of an image or of `x`"
+    if isinstance(v, (int,float)): return v
+    v = torch.as_tensor(v, dtype=x.dtype, device=x.device).detach()
+    if v.numel() == 1: return v.reshape(())
+    one_each = v.shape == x.shape[:1]
+    one_a_feature = x.ndim == 2 and v.shape == x.shape[1:]
+    if one_each and not one_a_feature: return _wide(v, x)
+    sides = zip(v.shape[::-1], x.shape[::-1])
+    fits = v.ndim in (x.ndim-1, x.ndim) and all(a in (1,b) for a,b in sides)
+    if fits and not one_each: return v
+    raise ValueError(f'{name} of shape {tuple(v.shape)} has no clear meaning for images of shape {tuple(x.shape)}: '
+                     f'give a number, one an image ({len(x)},), or all dimensions, such as (1,C,1,1)')
 
 # %% ../nbs/02_attack.ipynb #b260a58e
 _norms = 'linf','l2'
@@ -25,18 +44,27 @@ def _check(x, eps, lo, hi, norm='linf'):
     if not x.is_floating_point():
         raise TypeError(f'x has dtype {x.dtype}: attacks need floating point images in [lo, hi]; '
                         'divide uint8 images by 255')
-    with torch.inference_mode(False): x = x.detach().clone().as_subclass(Tensor)
+    x = x.detach().clone().as_subclass(Tensor)
     if norm not in _norms: raise ValueError(f'norm must be one of {", ".join(_norms)}, not {norm!r}')
-    eps,lo,hi = (torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in (eps, lo, hi))
+    given = dict(eps=eps, lo=lo, hi=hi)
+    beside = [_beside(name, v, x) for name,v in given.items()]
+    eps,lo,hi = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in beside)
+    _check_eps(x, eps, lo, hi, norm)
+    slack = 1e-3*(hi-lo) # what rounding may have added, cut off below
+    if x.numel() and not ((x >= lo-slack) & (x <= hi+slack)).all():
+        raise ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
+                         'attack pixels and normalise inside the loss, or pass lo and hi')
+    return x.clamp(lo, hi),eps,lo,hi
+
+def _check_eps(x, eps, lo, hi, norm):
+    "Refuse an `eps` that is no distance between two images"
     if not (eps.isfinite() & (eps >= 0)).all():
         raise ValueError(f'eps must be finite and at least 0, not {eps}')
+    if norm == 'l2' and eps.ndim and (eps.ndim < x.ndim or eps[0].numel() > 1):
+        raise ValueError(f'in L2 eps is a radius: a number, or one an image ({len(x)},), not {tuple(eps.shape)}')
     if len(x) and (eps > _widest(x, lo, hi, norm)).any():
         raise ValueError(f'eps={eps.max():g} is wider than [lo, hi]: eps is in pixels of that range, '
                          'did you forget to divide by 255?')
-    if x.numel() and not ((x >= lo) & (x <= hi)).all():
-        raise ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
-                         'attack pixels and normalise inside the loss, or pass lo and hi')
-    return x,eps,lo,hi
 
 # %% ../nbs/02_attack.ipynb #02b00005
 def _at_least_0(name, v):
@@ -56,9 +84,9 @@ def _check_runs(steps, restarts, random_start, alpha=None):
 # %% ../nbs/02_attack.ipynb #02b00007
 def _grad(x, loss):
     "The gradient of `loss` at `x`, and the loss: parameters get none, no graph is kept"
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = loss(x)
+        value = loss(x.clone()) # a network may write on what it is given
         if not value.requires_grad:
             raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
         grad, = torch.autograd.grad(value.sum(), x)
@@ -69,27 +97,38 @@ def _grad(x, loss):
     return grad,value.detach()
 
 # %% ../nbs/02_attack.ipynb #ee2828fc
-def _wide(v, x):
-    "One number an image, shaped to multiply images like `x`"
-    return v.view(-1, *[1]*(x.ndim-1))
+def _scaled(d):
+    "Each image of `d` in float32 at least, divided by a power of two if it is tiny or huge; and that power"
+    d = d.to(torch.promote_types(d.dtype, torch.float32))
+    largest = _wide(d.flatten(1).abs().amax(1), d)
+    ordinary = (largest == 0) | ((largest > 2.**-40) & (largest < 2.**40))
+    power = largest.log2().floor().exp2() # exact
+    power = torch.where(ordinary, 1., power)
+    return d/power,power
+
+def _norm(d):
+    "The Euclidean length of each image in `d`, never 0"
+    length = torch.linalg.vector_norm(d.flatten(1), dim=1)
+    return _wide(length.clamp(min=torch.finfo(d.dtype).tiny), d)
 
 def _length(d):
-    "The Euclidean length of each image in `d`, measured in float32 at least, never 0"
-    dtype = torch.promote_types(d.dtype, torch.float32)
-    length = torch.linalg.vector_norm(d.flatten(1), dim=1, dtype=dtype)
-    return _wide(length.clamp(min=torch.finfo(dtype).tiny), d)
+    "The Euclidean length of each image in `d`, however small or large, in float32 at least"
+    d,power = _scaled(d)
+    return _norm(d)*power
 
 def _steepest(g, norm):
     "The step of size 1 along which a loss with gradient `g` grows fastest"
     if norm == 'linf': return g.sign()
-    return (g/_length(g)).to(g.dtype)
+    scaled,_ = _scaled(g)
+    return (scaled/_norm(scaled)).to(g.dtype)
 
 # %% ../nbs/02_attack.ipynb #ec2623c7
+@torch.inference_mode(False)
 def fgsm(
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,) or scalar, to be made smaller
-    eps, # step per pixel, number or broadcastable to x, 0 to hi-lo
-    lo=0., hi=1., # range of valid pixels, numbers or broadcastable to x
+    eps, # step per pixel, a number, one an image (N,), or broadcastable to x, 0 to hi-lo
+    lo=0., hi=1., # range of valid pixels, like eps
     norm:str='linf', # how `eps` is measured: 'linf' or 'l2'
 )->Tensor: # like x
     "One step of size `eps` down `loss`, signed (Goodfellow et al. 2015) or, in L2, straight along the gradient"
@@ -113,14 +152,15 @@ def _within(x, eps, lo, hi, norm):
     return back
 
 # %% ../nbs/02_attack.ipynb #b9fbb834
-def _start(x, eps, lo, hi, generator, norm='linf'):
-    "A random point of the box, or of the ball, around `x`"
+def _start(x, eps, lo, hi, generator, norm='linf', near=False):
+    "A random point of the box, or of the ball, around `x`; in L2 `near` means a hundredth of the way"
     kw = dict(generator=generator, device=x.device, dtype=x.dtype)
     if norm == 'linf':
         offset = eps*(2*torch.rand(x.shape, **kw) - 1)
         return (x + offset).clamp(lo, hi)
     direction = torch.randn(x.shape, **kw)
     radius = torch.rand(len(x), **kw)**(1/x[0].numel())
+    if near: radius = radius/100
     offset = eps*_wide(radius, x)*direction/_length(direction)
     return (x + offset.to(x.dtype)).clamp(lo, hi)
 
@@ -142,7 +182,7 @@ def _per_image(l, x):
 
 def _better(best, x, loss):
     "The point of `x` and its loss, or `best` for the images on which that is lower"
-    with torch.inference_mode(False), torch.no_grad(): value = _per_image(loss(x), x)
+    with torch.no_grad(): value = _per_image(loss(x.clone()), x)
     if value.isnan().any(): raise FloatingPointError('the loss is NaN: look at the model on this batch, in float32')
     return (x,value) if best is None else _lower(best, (x,value))
 
@@ -158,29 +198,30 @@ def _descend(start, loss, steps, alpha, back, norm, best=None):
     return adv if best is None else _better(best, adv, loss)[0]
 
 # %% ../nbs/02_attack.ipynb #1126ad95
+@torch.inference_mode(False)
 def pgd( # noqa: PLR0913
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,) or scalar, to be made smaller; (N,) with `restarts` or `keep_best`
-    eps, # half-width of the box, number or broadcastable to x, 0 to hi-lo
+    eps, # half-width of the box, or radius of the ball, number, one an image (N,), or broadcastable to x, 0 to hi-lo
     steps:int, # gradients per restart
     alpha=None, # step size, like eps; default 2.5*eps/steps (Madry et al.)
     restarts:int=1, # independent random starts, the best result of each image is kept
-    random_start:bool=True, # start anywhere in the box, else at x
+    random_start:bool=True, # start anywhere in the box, in L2 within eps/100 of x; else at x
     lo=0., hi=1., # range of valid pixels
     keep_best:bool=False, # return the best iterate, never worse than x itself
     generator:torch.Generator=None, # of the random starts; default: the global one
     norm:str='linf', # how `eps` and `alpha` are measured: 'linf' (a box) or 'l2' (a ball)
 )->Tensor: # like x
-    "Projected gradient descent on `loss` within `eps` of `x` (Madry et al. 2018)"
+    "Projected gradient descent on `loss` within `eps` of `x` (Madry et al. 2018); in L2 from a start near `x`"
     _check_runs(steps, restarts, random_start, alpha)
     image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    if alpha is None: alpha = 2.5*eps/steps
-    best = None
+    alpha = 2.5*eps/steps if alpha is None else _beside('alpha', alpha, image)
     back = _within(image, eps, lo, hi, norm)
     clean = _better(None, image, loss) if keep_best else None
-    for _ in range(restarts):
-        start = _start(image, eps, lo, hi, generator, norm) if random_start else image
+    best = None
+    for run in range(restarts):
+        start = _start(image, eps, lo, hi, generator, norm, near=not run) if random_start else image
         adv = _descend(start, loss, steps, alpha, back, norm, clean)
         best = _better(best, adv, loss) if restarts > 1 else (adv,)
     return best[0].as_subclass(type(x))
@@ -192,6 +233,7 @@ def _momentum_descend(start, loss, steps, alpha, decay, back, norm):
     momentum = 0.
     for _ in range(steps):
         grad,_ = _grad(adv, loss)
+        grad = _scaled(grad)[0].to(grad.dtype)
         size = grad.flatten(1).abs().mean(1).clamp(min=torch.finfo(grad.dtype).tiny)
         momentum = decay*momentum + grad/_wide(size, grad)
         step = _steepest(momentum, norm).mul_(-alpha)
@@ -199,6 +241,7 @@ def _momentum_descend(start, loss, steps, alpha, decay, back, norm):
     return adv
 
 # %% ../nbs/02_attack.ipynb #38223206
+@torch.inference_mode(False)
 def mifgsm( # noqa: PLR0913
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,) or scalar, to be made smaller
@@ -215,7 +258,7 @@ def mifgsm( # noqa: PLR0913
     _at_least_0('decay', decay)
     image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    if alpha is None: alpha = eps/steps
+    alpha = eps/steps if alpha is None else _beside('alpha', alpha, image)
     back = _within(image, eps, lo, hi, norm)
     adv = _momentum_descend(image, loss, steps, alpha, decay, back, norm)
     return adv.as_subclass(type(x))
@@ -262,7 +305,7 @@ def _adaptive(start, loss, steps, alpha, rho, back, norm):
     adv = previous = start
     grad,value = _grad(start, loss)
     best = start,grad,_per_image(value, start)
-    size = alpha*torch.ones_like(_wide(value, start))
+    size = alpha*_wide(start.new_ones(len(start)), start)
     progress = _Progress(value, rho)
     checkpoints = _checkpoints(steps)
     for k in range(1, steps+1):
@@ -283,6 +326,7 @@ def _adaptive(start, loss, steps, alpha, rho, back, norm):
     return best[0],best[-1]
 
 # %% ../nbs/02_attack.ipynb #c2bc0f27
+@torch.inference_mode(False)
 def apgd( # noqa: PLR0913
     x:Tensor, # (N,...), floating point in [lo, hi]
     loss, # x -> (N,), to be made smaller
@@ -319,54 +363,127 @@ def _signs(shape, x, generator):
     bits = torch.randint(0, 2, shape, generator=generator, device=x.device)
     return 2*bits.to(x.dtype) - 1
 
-def _squares(x, side, generator):
-    "For each image a mask with one square at a random place"
+def _place(x, side, generator):
+    "A random square for each image: how far every row (N,H,1) and column (N,1,W) lies beyond its first"
     n,_,h,w = x.shape
-    def line(size):
+    def beyond(size):
         first = torch.randint(0, size-side+1, (n,1), generator=generator, device=x.device)
-        offset = torch.arange(size, device=x.device) - first
-        return (offset >= 0) & (offset < side)
-    rows = line(h)
-    columns = line(w)
-    return rows[:,None,:,None] & columns[:,None,None,:]
+        return torch.arange(size, device=x.device) - first
+    rows = beyond(h)
+    columns = beyond(w)
+    return rows[:,:,None],columns[:,None,:]
 
-def _brightness(eps, area, norm):
-    "The change of each pixel that spends all of `eps` on `area` pixels"
-    return eps if norm == 'linf' else eps/math.sqrt(area)
+def _mask(rows, columns, side):
+    "Which pixels (N,1,H,W) the squares cover"
+    inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+    return inside[:,None]
 
-def _add_square(x, found, side, eps, generator, norm):
-    "`found` with a square in a random colour: in L-inf `x` in that colour, in L2 added to what is there"
+def _add_square(x, found, side, eps, generator):
+    "`found` with a square in which `x` is moved by `eps`, up or down, channel by channel"
     n,c,_,_ = x.shape
-    mask = _squares(x, side, generator)
-    colour = _brightness(eps, c*side*side, norm)*_signs((n,c,1,1), x, generator)
-    base = x if norm == 'linf' else found
-    return torch.where(mask, base + colour, found)
+    mask = _mask(*_place(x, side, generator), side)
+    colour = eps*_signs((n,c,1,1), x, generator)
+    return torch.where(mask, x + colour, found)
+
+# %% ../nbs/02_attack.ipynb #kd000004
+def _bump(h, w):
+    "A hill of height 1 + 1/4 + 1/9 + ..., whose steps are squares around its middle (the paper's equation 2)"
+    rows = (torch.arange(h) - h//2).abs()
+    columns = (torch.arange(w) - w//2).abs()
+    steps = torch.arange(1, max(h,w)//2 + 2)**-2.
+    height = steps.flip(0).cumsum(0).flip(0)
+    return height[torch.maximum(rows[:,None], columns)]
+
+def _window(side):
+    "A bright bump above a dark one, together of length 1"
+    half = side//2
+    window = torch.cat([_bump(half, side), -_bump(side-half, side)])
+    return window/window.norm()
+
+# %% ../nbs/02_attack.ipynb #kd000007
+def _turned(window, rows, columns, generator):
+    "`window` at the places of an image, for each image as it is or on its side, at random"
+    as_it_is = torch.randint(0, 2, (len(rows),1,1), generator=generator, device=rows.device).bool()
+    window = window.to(rows.device)
+    return torch.where(as_it_is, window[rows,columns], window[columns,rows])[:,None]
+
+def _tiles(x, eps, generator):
+    "`x` under windows side by side, five in a line, of random directions and signs, of length `eps`"
+    n,c,h,w = x.shape
+    side = max(min(h,w)//5, 1)
+    down,across = h//side,w//side
+    window = _window(side).to(x.device, x.dtype)
+    as_it_is = torch.randint(0, 2, (n,1,down,across), generator=generator, device=x.device).bool()
+    def grown(v): return v.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    shapes = torch.where(grown(as_it_is), window.repeat(down,across), window.T.repeat(down,across))
+    tiles = shapes*grown(_signs((n,c,down,across), x, generator))
+    top,left = (h-side*down)//2,(w-side*across)//2
+    delta = torch.zeros_like(x)
+    delta[:,:,top:top+side*down,left:left+side*across] = tiles
+    return x + eps*_steepest(delta, 'l2')
+
+def _move_window(x, found, side, eps, generator):
+    "`found` with a window at one place, paid for by what another loses (Andriushchenko et al. 2020, algorithm 3)"
+    n,c,_,_ = x.shape
+    delta = (found-x).to(torch.promote_types(x.dtype, torch.float32))
+    def length(d): return d.square().sum((2,3), keepdim=True).sqrt()
+    def unit(d): return d/length(d).clamp(min=1e-12)
+    rows,columns = _place(x, side, generator)
+    here = _mask(rows, columns, side)
+    there = _mask(*_place(x, side, generator), side)
+    window = _turned(_window(side), rows.clamp(0, side-1), columns.clamp(0, side-1), generator)
+    new = unit(_signs((n,c,1,1), delta, generator)*window*here + unit(delta*here))
+    unused = (eps.to(delta.dtype)**2 - delta.square().sum((1,2,3), keepdim=True)).clamp(min=0)
+    budget = (length(delta*(here|there))**2 + unused/c).sqrt()
+    moved = torch.where(here, new*budget, delta.masked_fill(there, 0))
+    return (x + moved).to(x.dtype)
+
+# %% ../nbs/02_attack.ipynb #kd000008
+def _proposal(x, found, q, n_queries, p, eps, generator, norm):
+    "What query `q` tries: stripes or tiles at first, then squares or windows"
+    n,c,h,w = x.shape
+    linf = norm == 'linf'
+    if q == 0: return x + eps*_signs((n,c,1,w), x, generator) if linf else _tiles(x, eps, generator)
+    side = _side(q, n_queries, p, h, w)
+    if linf: return _add_square(x, found, side, eps, generator)
+    odd = min(max(side, 3) | 1, h, w) # as in the authors' code
+    return _move_window(x, found, odd, eps, generator)
+
+def _left(value, stop):
+    "Which images are not done: all, or those whose loss is not yet below `stop`"
+    return slice(None) if stop is None else (value >= stop).nonzero()[:,0]
+
+def _of(v, left):
+    "What `v` says of the images `left`, where it has one entry an image"
+    return v[left] if v.ndim == 4 and len(v) > 1 else v
 
 # %% ../nbs/02_attack.ipynb #6dc1b929
+@torch.inference_mode(False)
 def square( # noqa: PLR0913
     x:Tensor, # (N,C,H,W), floating point in [lo, hi]
     loss, # x -> (N,), to be made smaller; needs no gradient
-    eps, # half-width of the box, or radius of the ball, number or broadcastable to x, 0 to hi-lo
+    eps, # half-width of the box, or radius of the ball, number, one an image (N,), or broadcastable to x, 0 to hi-lo
     n_queries:int=1000, # evaluations of the loss, the one of x itself apart
     p:float=.8, # share of the image that the first squares cover
     lo=0., hi=1., # range of valid pixels
-    generator:torch.Generator=None, # of stripes, places and colours; default: the global one
-    norm:str='linf', # how `eps` is measured: 'linf', or 'l2', where squares are added and drawn back into the ball
+    generator:torch.Generator=None, # of first patterns, places and colours; default: the global one
+    norm:str='linf', # how `eps` is measured: 'linf' or 'l2'
+    stop:float=None, # an image whose loss is below this is done; `loss` then sees only those that are left
 )->Tensor: # like x: the best point met, never worse than x
     "Square Attack, random search without gradients (Andriushchenko et al. 2020)"
     if n_queries < 1: raise ValueError(f'n_queries must be at least 1, not {n_queries}')
     if x.ndim != 4: raise ValueError(f'squares need images of shape (N,C,H,W), not {tuple(x.shape)}')
     image,eps,lo,hi = _check(x, eps, lo, hi, norm)
     if not x.numel(): return x.detach().clone()
-    n,c,h,w = x.shape
-    back = _within(image, eps, lo, hi, norm)
-    best = _better(None, image, loss)
-    stripes = _brightness(eps, c*h*w, norm)*_signs((n,c,1,w), image, generator)
-    best = _better(best, back(image + stripes), loss)
-    for q in range(1, n_queries):
-        new = _add_square(image, best[0], _side(q, n_queries, p, h, w), eps, generator, norm)
-        best = _better(best, back(new), loss)
-    return best[0].as_subclass(type(x))
+    best,value = _better(None, image.clone(), loss)
+    for q in range(n_queries):
+        left = _left(value, stop)
+        old = best[left],value[left]
+        if not len(old[1]): break
+        some,size,least,most = (_of(o, left) for o in (image, eps, lo, hi))
+        new = _proposal(some, old[0], q, n_queries, p, size, generator, norm)
+        best[left],value[left] = _better(old, _within(some, size, least, most, norm)(new), loss)
+    return best.as_subclass(type(x))
 
 # %% ../nbs/02_attack.ipynb #847b9551
 def no_gradient(
@@ -376,12 +493,13 @@ def no_gradient(
     "Which images have a gradient of `loss` that is zero at every pixel, or none at all"
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().as_subclass(Tensor).requires_grad_()
-        value = loss(x)
+        value = loss(x.clone())
         if not value.requires_grad: return torch.ones(len(x), dtype=torch.bool, device=x.device)
         grad, = torch.autograd.grad(value.sum(), x)
     return grad.flatten(1).abs().sum(1) == 0
 
 # %% ../nbs/02_attack.ipynb #cf0bc269
+@torch.inference_mode(False)
 def gaussian(
     x:Tensor, # (N,...), floating point in [lo, hi]
     eps, # standard deviation, number or broadcastable to x
@@ -393,6 +511,7 @@ def gaussian(
     noise = torch.randn(image.shape, generator=generator, device=image.device, dtype=image.dtype)
     return (image + eps*noise).clamp(lo, hi).as_subclass(type(x))
 
+@torch.inference_mode(False)
 def random_sign(
     x:Tensor, # (N,...), floating point in [lo, hi]
     eps, # step per pixel, number or broadcastable to x
@@ -434,8 +553,8 @@ class FGSM(_Sized):
     def __call__(self, x, loss, generator=None, lo=0., hi=1.):
         eps = self.eps
         if self.vary:
-            one_each = len(x),*[1]*(x.ndim-1)
-            eps = eps*torch.rand(one_each, generator=generator, dtype=x.dtype, device=x.device)
+            share = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
+            eps = _beside('eps', eps, x)*_wide(share, x)
         return fgsm(x, loss, eps, lo, hi, self.norm)
 
 # %% ../nbs/02_attack.ipynb #02b00042
@@ -483,6 +602,7 @@ class Square(_Sized):
     n_queries:int=1000
     p:float=.8
     norm:str='linf'
+    stop:float=field(default=None, repr=False) # a loss below which an image is done
     def __call__(self, x, loss, generator=None, lo=0., hi=1.):
         return square(x, loss, **vars(self), lo=lo, hi=hi, generator=generator)
 

@@ -8,56 +8,163 @@ __all__ = ['bn_ways', 'bn_separate', 'bn_aux', 'bn_frozen', 'norm_like', 'bn_inl
 # %% ../nbs/04_batchnorm.ipynb #d8e0d17c
 import torch, torch.nn.functional as F
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+# %% ../nbs/04_batchnorm.ipynb #04a00001
+@dataclass
+class _Asked:
+    "A normalisation as a layer asks PyTorch for it"
+    input:Tensor
+    running_mean:Tensor=None
+    running_var:Tensor=None
+    weight:Tensor=None
+    bias:Tensor=None
+    training:bool=False # normalise with the statistics of the batch
+    momentum:float=.1
+    eps:float=1e-5
+    per_image:bool=False # InstanceNorm, of which only the running averages see more than one image
+    group:object=None # processes that share their statistics, in a SyncBatchNorm
+
+    def of(self, x, **changes):
+        "The rows `x` normalised so, or with those `changes`"
+        o = replace(self, **changes)
+        norm = F.instance_norm if self.per_image else F.batch_norm
+        return norm(x, o.running_mean, o.running_var, o.weight, o.bias, o.training, o.momentum, o.eps)
+
+_order = 'input','running_mean','running_var','weight','bias','training','momentum','eps'
+_order_in_c = 'input','weight','bias','running_mean','running_var','training','momentum','eps'
+_norms = {F.batch_norm: _order, F.instance_norm: _order, torch.batch_norm: _order_in_c}
+
+def _asked(func, args, kwargs):
+    "What `func(*args, **kwargs)` asks for, None if it is no normalisation"
+    if func not in _norms: return None
+    given = dict(zip(_norms[func], args)) | kwargs
+    given.pop('cudnn_enabled', None)
+    if func is not F.instance_norm: return _Asked(**given)
+    given.setdefault('training', given.pop('use_input_stats', True))
+    return _Asked(per_image=True, **given)
+
+class _Instead(TorchFunctionMode):
+    "While it is on, the normalisation that `layer` asks for is done by `normalise(asked)`"
+    def __init__(self, layer, normalise):
+        super().__init__()
+        self.layer = layer
+        self.normalise = normalise
+        self.found = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        asked = _asked(func, args, kwargs)
+        # a layer inside this one would bring averages of its own
+        if asked is None or asked.running_mean is not getattr(self.layer, 'running_mean', None):
+            return func(*args, **kwargs)
+        self.found = True
+        return self.normalise(asked) if asked.training else func(*args, **kwargs)
 
 # %% ../nbs/04_batchnorm.ipynb #9427e5f6
+def _averages(layer):
+    "The running averages that `layer` keeps: none, or its mean, its variance and the number of batches"
+    names = 'running_mean','running_var','num_batches_tracked'
+    return {name: b for name,b in layer.named_buffers(recurse=False) if name in names}
+
+def _share(layer, x, n, total):
+    "How many rows of `x` belong to the first `n` of `total` images"
+    if not len(x) % total: return len(x)*n//total
+    raise RuntimeError(f'a BatchNorm layer ({type(layer).__name__}) got {len(x)} rows for {total} images: '
+                       'cannot tell inliers from outliers, use bn="mixed"')
+
 def _apart(layer, x, n, total, f):
-    "Take the inliers, first in `x`, through `layer` as ever, and the outliers through `f(outliers, inliers)`"
-    if len(x) % total:
-        raise RuntimeError(f'a BatchNorm layer got {len(x)} rows for {total} images: '
-                           'cannot tell inliers from outliers, use bn="mixed"')
-    border = len(x)*n//total
+    "`layer` of `x`: the inliers, first in it, normalised as ever, the outliers by `f(asked, outliers, inliers)`"
+    def normalise(asked):
+        border = _share(layer, asked.input, n, total)
+        inliers = asked.input[:border]
+        normal = asked.of(inliers) # updates the running averages, too
+        return torch.cat([normal, f(asked, asked.input[border:], inliers)])
+    before = {name: b.clone() for name,b in _averages(layer).items()}
+    instead = _Instead(layer, normalise)
+    with instead: res = layer.forward(x)
+    if instead.found: return res
+    after = _averages(layer)
+    unmoved = all(torch.equal(b, after[name]) for name,b in before.items())
+    if unmoved and not isinstance(layer, _BatchNorm): return res # as torchvision's FrozenBatchNorm2d
+    for name,b in after.items(): b.copy_(before[name])
+    return _by_hand(layer, x, _share(layer, x, n, total), f)
+
+def _by_hand(layer, x, border, f):
+    "As `_apart`, of a layer that normalises by its own arithmetic; refused if it does more than that"
     inliers = x[:border]
-    normal = type(layer).forward(layer, inliers) # updates the running averages, too
-    return torch.cat([normal, f(x[border:], inliers)])
+    normal = layer.forward(inliers)
+    if isinstance(layer, _BatchNorm):
+        group = None
+        if isinstance(layer, nn.SyncBatchNorm) and distributed.is_initialized():
+            group = layer.process_group or distributed.group.WORLD
+        plain = _Asked(inliers, layer.running_mean, layer.running_var, layer.weight, layer.bias,
+                       True, layer.momentum or .1, layer.eps, group=group)
+        want = norm_like(plain, inliers, inliers)
+        if normal.shape == want.shape and torch.allclose(normal, want.to(normal.dtype), 1e-2, 1e-2):
+            return torch.cat([normal, f(plain, x[border:], inliers)])
+    name = type(layer).__name__
+    raise ValueError(f'{name} keeps statistics of the batch in a way of its own, in which outliers cannot be '
+                     f'told from inliers: use bn="mixed", or another layer in place of {name}')
 
 # %% ../nbs/04_batchnorm.ipynb #d734692b
 def bn_separate(layer, x, n, total, aux):
     "Normalise outliers with their own batch statistics, and keep none of these"
-    def f(outliers, _):
-        return F.batch_norm(outliers, None, None, layer.weight, layer.bias, True, 0., layer.eps)
+    def f(asked, outliers, _): return asked.of(outliers, running_mean=None, running_var=None)
     return _apart(layer, x, n, total, f)
 
 def bn_aux(layer, x, n, total, aux):
     "Normalise outliers with their own batch statistics, and keep running averages of these in `aux`"
-    momentum = .1 if layer.momentum is None else layer.momentum
-    def f(outliers, _):
+    if not _averages(layer): return bn_separate(layer, x, n, total, aux)
+    cumulative = getattr(layer, 'momentum', .1) is None # the count of batches is the inliers'
+    def f(asked, outliers, _):
         # at first a copy of the layer's, which the inliers of this batch have just updated
         if layer not in aux: aux[layer] = layer.running_mean.clone(),layer.running_var.clone()
-        return F.batch_norm(outliers, *aux[layer], layer.weight, layer.bias, True, momentum, layer.eps)
+        mean,var = aux[layer]
+        momentum = .1 if cumulative else asked.momentum
+        return asked.of(outliers, running_mean=mean, running_var=var, momentum=momentum)
     return _apart(layer, x, n, total, f)
 
 def bn_frozen(layer, x, n, total, aux):
     "Normalise everything with the running averages, and leave them as they are"
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0., layer.eps)
+    if not _averages(layer): return bn_separate(layer, x, n, total, aux)
+    training = layer.training
+    layer.training = False # not `eval()`: a dropout inside goes on
+    try: return layer.forward(x)
+    finally: layer.training = training
 
 # %% ../nbs/04_batchnorm.ipynb #04000015
+def _mean_var(x, group):
+    "Mean and variance of each channel of `x`, over all processes of `group`"
+    dims = [d for d in range(x.ndim) if d != 1]
+    var,mean = torch.var_mean(x, dims, correction=0)
+    if group is None or distributed.get_world_size(group) < 2: return mean,var
+    from torch.distributed.nn.functional import all_reduce # carries the gradient
+    rows = torch.full_like(mean, x.numel()//len(mean))
+    def shared(v): return all_reduce(rows*v, group=group)/all_reduce(rows, group=group)
+    everywhere = shared(mean)
+    return everywhere,shared(var + (mean-everywhere)**2)
+
 def norm_like(layer, x, ref):
     "Normalise `x` with the batch statistics of `ref`, and let the gradient flow through these"
     wide = ref if ref.dtype == torch.float64 else ref.float()
-    dims = [d for d in range(ref.ndim) if d != 1]
-    var,mean = torch.var_mean(wide, dims, correction=0)
+    mean,var = _mean_var(wide, getattr(layer, 'group', None))
     inv = (var + layer.eps).rsqrt()
     weight = torch.ones_like(mean) if layer.weight is None else layer.weight
-    bias = torch.zeros_like(mean) if layer.weight is None else layer.bias
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias
     scale = weight*inv/inv.detach()
     shift = bias + weight*inv*(mean.detach()-mean)
     return F.batch_norm(x, mean.detach(), var.detach(), scale, shift, False, 0., layer.eps)
 
 def bn_inliers(layer, x, n, total, aux):
     "Normalise outliers with the inliers' batch statistics, through which their gradient flows"
-    return _apart(layer, x, n, total, partial(norm_like, layer))
+    def f(asked, outliers, inliers):
+        if asked.per_image: return asked.of(outliers, running_mean=None, running_var=None)
+        return norm_like(asked, outliers, inliers)
+    return _apart(layer, x, n, total, f)
 
 bn_ways = dict(mixed=None, inliers=bn_inliers, separate=bn_separate, aux=bn_aux, frozen=bn_frozen)
 
@@ -75,20 +182,44 @@ def as_outliers(aux):
     finally: use(own)
 
 # %% ../nbs/04_batchnorm.ipynb #e9af0f27
-def _with_gradient(forward, layer, x):
-    "`forward(layer, x)`, refused where it runs without gradients"
-    if torch.is_grad_enabled(): return forward(layer, x)
-    raise RuntimeError('a BatchNorm layer runs without gradients: under activation checkpointing it would run again '
-                       'when outliers and inliers can no longer be told apart. Use bn="mixed", checkpoint nothing '
-                       'with BatchNorm in it, or put a body without gradients in eval mode')
+def _mixes(layer):
+    "Whether `layer` lets the images of a batch see each other, now or through its running averages"
+    if layer.training and _averages(layer): return True
+    return isinstance(layer, _BatchNorm) and layer.running_mean is None # in eval mode, too
+
+def _put(module, given):
+    "Give `module` the entries `given` in place of a `forward` and a compiled call of its own"
+    for name in 'forward','_compiled_call_impl': module.__dict__.pop(name, None)
+    module.__dict__.update(given)
+
+def _given(module):
+    "What somebody else has put in place of the `forward` of `module`"
+    return {k: v for k,v in module.__dict__.items() if k in ('forward','_compiled_call_impl')}
+
+def _replace(layer, forward):
+    "Give `layer` another `forward`, during which it has its own; returns what it had before"
+    given = _given(layer)
+    def instead(x, *more, **kwargs):
+        if more or kwargs:
+            raise ValueError(f'{type(layer).__name__} takes more than one input, of which it is not known '
+                             'where the outliers begin: use bn="mixed"')
+        if not torch.is_grad_enabled():
+            raise RuntimeError('a BatchNorm layer runs without gradients: under activation checkpointing it would '
+                               'run again when outliers and inliers can no longer be told apart. Use bn="mixed", '
+                               'checkpoint nothing with BatchNorm in it, or put a body without gradients in eval mode')
+        _put(layer, given)
+        try: return forward(layer, x)
+        finally: _put(layer, dict(forward=instead))
+    _put(layer, dict(forward=instead))
+    return given
 
 @contextmanager
 def _replaced(layers, forward):
     "The `layers` with another `forward`, until the end of the block"
-    for layer in layers: layer.forward = partial(_with_gradient, forward, layer)
+    before = [(layer, _replace(layer, forward)) for layer in layers]
     try: yield
     finally:
-        for layer in layers: layer.__dict__.pop('forward', None)
+        for layer,given in before: _put(layer, given)
 
 # %% ../nbs/04_batchnorm.ipynb #04000027
 def replace_once(
@@ -97,16 +228,16 @@ def replace_once(
     total, # images in the pass that is meant
 ): # function that calls the replacement off
     "Replace BatchNorm's `forward` during the model's next pass, if that trains on `total` images"
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    given = model.__dict__.get('forward') # somebody else may have replaced the model's before
+    layers = [m for m in model.modules() if _mixes(m)]
+    if any(isinstance(m, torch.jit.ScriptModule) for m in layers):
+        raise ValueError('the layers of a scripted model cannot be replaced: train the model that was scripted')
+    given = _given(model) # somebody else may have replaced the model's before
     original = model.forward
-    def off():
-        if given is None: model.__dict__.pop('forward', None)
-        else: model.forward = given
+    def off(): _put(model, given)
     def once(*args, **kwargs):
         off()
         if not model.training or len(args[0]) != total: return original(*args, **kwargs)
         if not torch.is_grad_enabled(): raise RuntimeError('this pass keeps no graph: train with gradients enabled')
-        with _replaced(layers, forward): return original(*args, **kwargs)
-    model.forward = once
+        with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
+    _put(model, dict(forward=once))
     return off

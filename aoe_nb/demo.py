@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['demo_config', 'check_config', 'train', 'measure', 'run_demo', 'one_config', 'natural_means', 'demo_table',
-           'demo_figure', 'aoe_demo']
+           'demo_figure', 'demo_configs', 'run_demos']
 
 # %% ../nbs/19_demo.ipynb #33390fce
 import json, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -18,8 +18,7 @@ from .methods import exposure_of, methods
 from .metrics import report_row
 from .models import small_cnn
 from .plots import plot_robustness, plot_scores
-from .record import check_writable, read_results, result_path, run
-from fastcore.script import call_parse, store_true
+from .record import read_results, result_path, run
 from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -191,30 +190,24 @@ def demo_figure(
     return fig
 
 # %% ../nbs/19_demo.ipynb #4080e627
-@call_parse
-def aoe_demo(
-    out:str='demo', # Folder for the results, the table and the figure
-    seeds:int=3, # Number of seeds; each trains four networks from one start
-    seed:int=0, # The first seed
-    epochs:int=30, # Training epochs of each network
-    lam:float=.5, # Weight of the outliers' loss
-    eps:float=16, # Step and noise on the training outliers, in 1/255 of a pixel's range
-    bn:str='inliers', # How outliers pass BatchNorm: mixed, inliers, separate, aux or frozen
-    redo:store_true=False, # Train again even if results are there
-):
-    """Train a small network four ways (plain, OE, OE with noise, AOE) on real 8x8 images,
-    and compare how well it knows outliers"""
-    try:
-        if seeds < 1 or epochs < 1: raise ValueError('seeds and epochs must be at least 1')
-        check_eps(eps/255)
-        check_writable(out)
-        OutlierExposure(torch.rand(1,1,8,8), lam=lam, bn=bn) # refuses what cannot be meant
-    except (ValueError, OSError) as e: raise SystemExit(f'aoe_demo: {e}')
+def demo_configs(
+    seeds=3, # number of seeds
+    seed=0, # the first one
+    **settings, # other settings than those of `demo_config`, for all runs
+)->list: # of configs: plain, OE, OE with noise and AOE for each seed
+    "What the demo runs"
     configs = []
     for s in range(seed, seed+seeds):
         for method in 'plain','oe','oe_gaussian','aoe':
-            asked = dict(method=method, seed=s, epochs=epochs, lam=lam, eps_255=eps, bn=bn)
-            configs.append(demo_config | asked)
+            configs.append(demo_config | settings | dict(method=method, seed=s))
+    return configs
+
+def run_demos(
+    configs, # from `demo_configs`
+    out='demo', # folder for the results, the table and the figure
+    redo=False, # train again even if results are there
+):
+    "Run each config, or find its result; print the table, draw the figure, say where they are"
     with _one_thread(): _run_all(configs, out, redo)
     _show(configs, out)
 
@@ -232,13 +225,17 @@ def _run_all(configs, out, redo):
     done = sum(result_path(c, out).exists() for c in configs)
     if done and not redo:
         print(f'{done} of {len(configs)} runs are in {out} already and are not repeated (--redo would)')
-    try:
-        with tqdm(configs, unit='run') as bar:
-            for config in bar:
-                bar.set_description(f'{config["method"]}, seed {config["seed"]}')
-                run_demo(config, out, redo)
-    except KeyboardInterrupt:
-        raise SystemExit(f'stopped; finished runs are kept in {out}, the same command goes on')
+    with tqdm(configs, unit='run') as bar:
+        for config in bar:
+            bar.set_description(f'{config["method"]}, seed {config["seed"]}')
+            run_demo(config, out, redo)
+
+# %% ../nbs/19_demo.ipynb #19b00001
+def __getattr__(name):
+    "`aoe_demo` moved to the [commands](21_cli.ipynb), and is importable from here for one more release"
+    if name != 'aoe_demo': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from aoe_nb.cli import aoe_demo
+    return aoe_demo
 
 # %% ../nbs/19_demo.ipynb #1d6a8e42
 def _paired(df, eps):

@@ -9,17 +9,17 @@ __all__ = ['on_input', 'log_msp', 'Bench', 'standard_attacks', 'transfer_matrix'
 import warnings, numpy as np, pandas as pd, torch
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from torch import Tensor
 from fastcore.all import patch
 from fastai.learner import Learner
 from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no_gradient
 from .cache import code_of, kept
-from .data import Images, outliers
+from .data import Images
 from .energy import energy, get_score, msp
-from .loaders import Pixels
-from .stream import labelled_batches, pixel_batches
-from .metrics import calibration_bins, ood_metrics, report_from_scores
+from .loaders import Pixels, Rows
+from .models import as_input, get_logits, steeper
+from .stream import given, labelled_batches, pixel_batches
+from .metrics import calibration_bins, metric_names, ood_metrics, report_from_scores
 
 # %% ../nbs/07_evaluation.ipynb #05c0a447
 @dataclass(eq=False)
@@ -42,17 +42,25 @@ def _size(source):
     "Height and width of the images, None where that would use up a shuffled or endless loader"
     if isinstance(source, Images): return tuple(source.x.shape[2:])
     if isinstance(source, (Tensor,np.ndarray)): return tuple(source.shape[2:])
+    if isinstance(source, Rows): return tuple(source[:1][0].shape[2:])
     if getattr(source, 'shuffle', True) or not hasattr(source, 'one_batch'): return None
     batch = source.one_batch()
     x = batch[0] if isinstance(batch, (tuple,list)) else batch
     return tuple(x.shape[2:])
 
-def _opened(sets, inliers):
-    "`sets` with folders read as images, or an error that says what is wrong with them"
+def _validation(dls):
+    "The validation images of a learner, None where it has none"
+    loaders = dls.loaders
+    if len(loaders) < 2: return None
+    try: return loaders[1] if len(loaders[1].dataset) else None
+    except (AttributeError,TypeError): return loaders[1] # a data set without a length
+
+def _opened(sets, inliers, learn):
+    "`sets` with whatever holds images opened for the learner, or an error that says what is wrong with them"
     if not isinstance(sets, dict):
         raise TypeError(f'sets must be a dict, such as {{"mine": folder}}, not a {type(sets).__name__}')
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
-    sets = {name: outliers(o) if isinstance(o, (str,Path)) else o for name,o in sets.items()}
+    sets = {name: given(o, learn, name=name) for name,o in sets.items()}
     size = _size(inliers)
     if not size: return sets
     for name,o in sets.items():
@@ -69,7 +77,7 @@ def _opened(sets, inliers):
 class Bench:
     "A learner as it is now on the bench: its scores of inliers and outliers, clean or attacked, and their metrics"
     learn:Learner
-    sets:dict=None # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict=None # {name: images in any form} of outliers
     score:callable=energy # name, function of logits, or `on_input`
     inliers:object=None # default: the learner's validation set
     seed:int=0 # of attack and resamples
@@ -81,26 +89,41 @@ class Bench:
         self.device = next(self.model.parameters()).device
         self.pixels = Pixels(self.learn.dls.train)
         self.score = get_score(self.score)
-        if self.inliers is None: self.inliers = self.learn.dls.valid
+        if self.inliers is None: self.inliers = _validation(self.learn.dls)
 
     @cached_property
-    def images(self): return _opened(self.sets, self.inliers)
+    def known(self): # the inliers, opened
+        if self.inliers is not None: return given(self.inliers, self.learn, name='the inliers')
+        raise ValueError('the learner has no validation images, as after load_learner: give some with inliers=')
 
     @cached_property
-    def clean(self): return self.scores(self.inliers) # inliers that no attack touches are scored once
+    def images(self): return _opened(self.sets, self.known, self.learn)
+
+    @cached_property
+    def clean(self): return self.scores(self.known) # inliers that no attack touches are scored once
+
+    def inputs(self, x):
+        "What the model gets of images in [0,1]"
+        return as_input(self.model, self.pixels.encode(x))
+
+    def logits(self, x):
+        "What the model says of images in [0,1]"
+        return get_logits(self.model(self.inputs(x))).float()
 
     def of_pixels(self, x, score):
         "`score` of images in [0,1]"
-        inputs = self.pixels.encode(x)
-        if isinstance(score, on_input): res = score(self.model, inputs)
-        else: res = score(self.model(inputs).float())
+        if isinstance(score, on_input): res = score(self.model, self.inputs(x))
+        else: res = score(self.logits(x))
         if res.shape != x.shape[:1]:
             raise ValueError(f'a score must be one number an image, shape ({len(x)},), not {tuple(res.shape)}')
         return res
 
     def loss(self, x):
         "What an attack on the score descends"
-        return self.of_pixels(x, log_msp if self.score is msp else self.score)
+        score = log_msp if self.score is msp else self.score
+        loss = self.of_pixels(x, score)
+        # of an `on_input` it is not known how steep it is
+        return loss if isinstance(score, on_input) else steeper(self.model, loss)
 
 # %% ../nbs/07_evaluation.ipynb #ec9a1a5c
 @patch
@@ -110,14 +133,14 @@ def setting(self:Bench)->list:
     device = self.device.type
     precision = [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
         torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
-    code = [code_of(f'aoe_nb.{room}') for room in ('attack','data','energy','evaluation','loaders')]
+    code = [code_of(f'aoe_nb.{room}') for room in ('attack','data','energy','evaluation','loaders','models')]
     stats = None if norm is None else (norm.mean, norm.std)
     return [self.model, stats, str(self.device), precision, torch.__version__, code]
 
 @patch
 def over(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     f, # images in [0,1], labels or None -> Tensor, one row an image
     about, # what `f` depends on besides the learner
 )->Tensor: # on the CPU
@@ -130,7 +153,8 @@ def over(
                 res.append(f(x.to(self.device), y).detach().cpu())
         if not res: raise ValueError('there are no images to score')
         return torch.cat(res)
-    def batches(): return labelled_batches(source, self.bs)
+    source = given(source, self.learn)
+    def batches(): return labelled_batches(source, self.bs, self.learn)
     if self.cache is None: return compute(batches())
     return kept(self.cache, [self.setting(), about, self.bs], batches, compute)
 
@@ -145,7 +169,7 @@ def attacker(self:Bench, attack, sign=1):
 @patch
 def scores(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack=None, # moves the images before they are scored
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # (N,) on the CPU
@@ -162,7 +186,7 @@ def scores(
 @patch
 def ood_scores(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     score=energy, # name, function of logits (N,C) -> (N,), or `on_input`
     attack=None, # moves the images before they are scored, such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score (an outlier made to look familiar), -1: raises it (an inlier made strange)
@@ -177,19 +201,19 @@ def ood_scores(
 @patch
 def attacked(
     self:Bench,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack, # such as `FGSM(2/255)`
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # float in [0,1], on the CPU
     "The images of `source` after `attack` on the score"
     move = self.attacker(attack, sign)
     with eval_mode(self.model):
-        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs)])
+        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs, self.learn)])
 
 @patch
 def attacked_images(
     self:Learner,
-    source, # `Images`, tensor (uint8 or in [0,1]), path, or `DataLoader`
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
     attack, # such as `FGSM(2/255)`
     score=energy, # name, function of logits, or `on_input`
     sign=1, # 1: the attack lowers the score, -1: raises it
@@ -202,18 +226,32 @@ def attacked_images(
 # %% ../nbs/07_evaluation.ipynb #37118b21
 class _Unlabelled(ValueError): pass
 
+def _numbered_for(learn, inliers):
+    "The `inliers` with the learner's numbers for their classes, or an error if it does not know one"
+    vocab = getattr(learn.dls, 'vocab', None)
+    classes = getattr(inliers, 'classes', None)
+    if not isinstance(inliers, Images) or inliers.y is None or not vocab or not classes: return inliers
+    numbers = {str(name): i for i,name in enumerate(vocab)}
+    new = [str(name) for name in classes if str(name) not in numbers]
+    if new: raise ValueError(f'{inliers.name} has classes that the learner does not know: {", ".join(new[:5])}')
+    res = inliers.take(slice(None))
+    res.y = torch.tensor([numbers[str(name)] for name in classes])[inliers.y]
+    return res
+
 @patch
 def certainty(self:Bench)->Tensor: # (N,3)
     "Confidence, correctness and negative log-likelihood of each labelled inlier"
     def f(x, y):
         if y is None or y.ndim != 1 or y.is_floating_point():
             raise _Unlabelled('accuracy and calibration need inliers with class labels, these have none')
-        with torch.no_grad(): logits = self.model(self.pixels.encode(x))
-        logp = logits.float().log_softmax(1)
+        with torch.no_grad(): logp = self.logits(x).log_softmax(1)
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
         return torch.stack([confidence, (predicted == y).float(), nll], 1)
-    return self.over(self.inliers, f, 'certainty')
+    rows = self.over(_numbered_for(self.learn, self.known), f, 'certainty')
+    n_nan = int(rows.isnan().any(1).sum())
+    if n_nan: raise ValueError(f'the model is NaN on {n_nan} of {len(rows)} inliers: look at it on those images')
+    return rows
 
 # %% ../nbs/07_evaluation.ipynb #21ffd2a4
 @patch
@@ -253,7 +291,7 @@ def sides(
     if attacked not in ('ood','id','both'): raise ValueError(f'attacked must be one of ood, id, both, not {attacked!r}')
     sets = self.images
     if attack is None or attacked == 'ood': s_in = self.clean
-    else: s_in = self.scores(self.inliers, attack, sign=-1)
+    else: s_in = self.scores(self.known, attack, sign=-1)
     on_outliers = None if attacked == 'id' else attack
     res = {}
     for name,o in sets.items():
@@ -270,7 +308,17 @@ def metrics(
 )->pd.DataFrame: # one row a set, then the means
     "Metrics on each set, and their means"
     s_in,outs = self.sides(attack, attacked)
-    return report_from_scores(s_in, outs, n_boot, self.seed)
+    df = report_from_scores(s_in, outs, n_boot, self.seed)
+    df['group'] = df.group.fillna('own')
+    return _for_a_terminal(df)
+
+# %% ../nbs/07_evaluation.ipynb #07b00004
+def _for_a_terminal(df):
+    "A report with the columns that matter at its ends, for pandas leaves out those in the middle where it is narrow"
+    names = sorted(metric_names, key=lambda name: name not in ('AUROC','FPR95'))
+    numbers = [c for name in names for c in (name, f'{name}_lo', f'{name}_hi') if c in df]
+    others = df.columns.drop([*numbers, 'group'])
+    return df[[*numbers, *others, 'group']]
 
 # %% ../nbs/07_evaluation.ipynb #07000031
 def _doubts(df, n_classes):
@@ -315,7 +363,7 @@ def report(
 @patch
 def ood_report( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # such as `FGSM(2/255)` or `PGD(2/255, 20)`, end to end on `score`
     attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
@@ -338,13 +386,13 @@ def frame(
     s_in,outs = self.sides(attack)
     parts = [pd.DataFrame(dict(population='inliers', group=None, score=s_in.numpy()))]
     for name,(group,s) in outs.items():
-        parts.append(pd.DataFrame(dict(population=name, group=group, score=s.numpy())))
+        parts.append(pd.DataFrame(dict(population=name, group=group or 'own', score=s.numpy())))
     return pd.concat(parts, ignore_index=True)
 
 @patch
 def score_frame(
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     score=energy, # name, function of logits, or `on_input`
     attack=None, # of the outliers
     inliers=None, # default: the learner's validation set
@@ -382,7 +430,7 @@ def curve(
 @patch
 def robustness_curve( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     eps=None, # sizes of the attack in pixels of a [0,1] image, 0: none; default: 0, .5, 1, 2, 4, 8 and 16 /255
     attack=PGD, # class or function eps -> attack, or an attack whose eps is replaced
     score=energy, # name, function of logits, or `on_input`
@@ -400,7 +448,7 @@ def robustness_curve( # noqa: PLR0913
 @patch
 def masking(
     self:Bench,
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     eps=8/255, # where attacks are compared
     steps:int=20, # of PGD
     n_queries:int=200, # of Square
@@ -408,10 +456,13 @@ def masking(
     tol=.01, # in AUROC, and share of images
 )->pd.DataFrame: # one row a check: value, limit, suspicious
     "Signs that gradients are masked"
+    clean = self.clean
+    source = given(source, self.learn)
     with eval_mode(self.model):
-        without = [no_gradient(x.to(self.device), self.loss) for x in pixel_batches(source, self.bs)]
+        batches = pixel_batches(source, self.bs, self.learn)
+        without = [no_gradient(x.to(self.device), self.loss) for x in batches]
     flat = torch.cat(without).float().mean().item()
-    def auroc(attack): return ood_metrics(self.clean, self.scores(source, attack))['AUROC']
+    def auroc(attack): return ood_metrics(clean, self.scores(source, attack))['AUROC']
     def descended(attack): return auroc(None if flat == 1 else attack) # no gradient, no attack
     pgd = descended(PGD(eps, steps))
     found = {
@@ -425,7 +476,7 @@ def masking(
 @patch
 def masking_check( # noqa: PLR0913
     self:Learner,
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     score=energy, # name, function of logits, or `on_input`
     eps=8/255, # where attacks are compared (8/255)
     steps:int=20, # of PGD
@@ -464,7 +515,7 @@ def table(
 @patch
 def attack_table( # noqa: PLR0913
     self:Learner,
-    sets:dict, # {name: `Images`, path, tensor or `DataLoader`} of outliers
+    sets:dict, # {name: images in any form} of outliers
     scores:dict, # {name: score}
     attacks:dict, # {name: attack or None}
     metric='AUROC',
@@ -501,7 +552,7 @@ def standard_attacks(
 # %% ../nbs/07_evaluation.ipynb #f42e9444
 def transfer_matrix(
     learners:dict, # {name: Learner}
-    source, # outliers: `Images`, tensor or `DataLoader`
+    source, # outliers, in any form
     attack, # such as `PGD(4/255, 20)`
     score=energy, # name, function of logits, or `on_input`, attacked and measured
     metric='AUROC',
@@ -517,3 +568,13 @@ def transfer_matrix(
     for name,bench in benches.items():
         res[name] = {on: ood_metrics(bench.clean, bench.scores(x))[metric] for on,x in made.items()}
     return pd.DataFrame(res).rename_axis(index='made on', columns='scored by')
+
+# %% ../nbs/07_evaluation.ipynb #0ld07000
+from aoe_nb.metrics import bootstrap_interval, compare_reports, image_bootstrap # noqa: F401 (were here)
+
+# %% ../nbs/07_evaluation.ipynb #0ld07001
+def __getattr__(name):
+    "`pytorch_ood_score` moved to a room above this one, and is importable from here for one more release"
+    if name != 'pytorch_ood_score': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from aoe_nb.peers import pytorch_ood_score
+    return pytorch_ood_score

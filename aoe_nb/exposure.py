@@ -19,10 +19,11 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import TensorImage, no_random, to_device
 from .attack import check_attack, eval_mode
-from .batchnorm import as_outliers, bn_ways, replace_once
+from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
 from .energy import energy, energy_margin, get_score, uniform_ce
 from .loaders import Pixels
-from .stream import OutlierStream
+from .models import as_input, each_tensor, get_logits, steeper
+from .stream import OutlierStream, given
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -41,6 +42,11 @@ def _number(name, value, lo, hi):
     except (TypeError, ValueError): number = math.nan
     if lo <= number <= hi: return number
     raise ValueError(f'{name} must be a number from {lo:g} to {hi:g}, not {number}')
+
+# as they were called before they had a page of their own
+_bn = bn_ways
+_bn_inliers = bn_inliers
+_replace_once = replace_once
 
 # %% ../nbs/05_exposure.ipynb #ff79b41c
 class OutlierExposure(Callback):
@@ -80,8 +86,10 @@ class OutlierExposure(Callback):
 @delegates(OutlierExposure.__init__)
 def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
     "Train on outliers too from now on, by `OutlierExposure` in place of any before it; returns the learner"
+    outliers = given(outliers, self, train=True, name='the outliers')
     cb = OutlierExposure(outliers, lam, attack, **kwargs)
     cb.stream.check(getattr(self.dls, 'vocab', None))
+    cb.stream.check_fit(self)
     return self.unexpose().add_cb(cb)
 
 @patch
@@ -127,12 +135,12 @@ def _precision(self:OutlierExposure):
 
 @patch
 def _moved(self:OutlierExposure, attack, x, f):
-    "Pixels `x` after `attack` on `f(logits)`, the model in eval mode"
+    "Pixels `x` after `attack` on `f` of what the model gives, in eval mode"
     cast,scale = self._precision()
     if self.gen is None: self.gen = torch.Generator(x.device).manual_seed(self.seed)
     def loss(x):
-        with cast: logits = self.model(self.pixels.encode(x))
-        return scale*f(logits.float())
+        with cast: out = self.model(as_input(self.model, self.pixels.encode(x)))
+        return steeper(self.model, scale*f(out))
     with eval_mode(self.model): return attack(x, loss, generator=self.gen)
 
 @patch
@@ -140,15 +148,18 @@ def _moved_out(self:OutlierExposure, x):
     "The outliers `x`, the first `frac` of them after the attack on their score"
     n = round(self.frac*len(x))
     if self.attack is None or not n: return x
-    with as_outliers(self.aux): moved = self._moved(self.attack, x[:n], self.score)
+    def score(out): return self.score(get_logits(out).float())
+    with as_outliers(self.aux): moved = self._moved(self.attack, x[:n], score)
     return torch.cat([moved, x[n:]])
 
 @patch
 def _moved_in(self:OutlierExposure, x):
     "The inliers of a batch, as the model gets them, after `attack_in` up their own loss"
-    def gain(logits): return -self.learn.loss_func(logits, *self.yb)
-    moved = self._moved(self.attack_in, self.pixels.decode(x), gain)
-    return self.pixels.encode(moved)
+    def wide(t): return t.float() if t.is_floating_point() else t
+    def gain(out): return -self.learn.loss_func(each_tensor(out, wide), *self.yb)
+    pixels = self.pixels.decode(x.to(torch.promote_types(x.dtype, torch.float32)))
+    moved = self._moved(self.attack_in, pixels, gain)
+    return self.pixels.encode(moved).to(x.dtype)
 
 # %% ../nbs/05_exposure.ipynb #68e45675
 @patch
@@ -203,7 +214,7 @@ def before_batch(self:OutlierExposure):
         out = self.stream.draw(max(1, round(self.ratio*self.n)))
         out = self._transformed(out, x)
         out = self._step_out(out)
-        out = self._inputs(out)
+        out = self._inputs(out).to(x.dtype)
         x = torch.cat([x, out])
     self.learn.xb = (x,)
     if self.bn_forward:
@@ -216,13 +227,16 @@ def after_pred(self:OutlierExposure):
     "Leave the inliers' logits to the learner, and keep the outliers'"
     self._undo()
     if not self.lam: return
-    logits = self.pred
-    is_tensor = isinstance(logits, Tensor)
-    if not is_tensor or logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != len(self.xb[0]):
-        given = tuple(logits.shape) if is_tensor else type(logits).__name__
+    logits = get_logits(self.pred)
+    total = len(self.xb[0])
+    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != total:
         raise ValueError('outlier exposure needs a classification head, logits of shape (N, C) with C > 1; '
-                         f'this model gives {given}')
-    self.learn.pred = logits[:self.n]
+                         f'this model gives {tuple(logits.shape)}')
+    def inliers(t): return t[:self.n] if t.ndim and len(t) == total else t
+    self.learn.pred = each_tensor(self.pred, inliers)
+    if len(get_logits(self.pred)) != self.n:
+        raise ValueError(f'cannot take the inliers out of what the model gives, {type(self.pred).__name__}: '
+                         'let it give logits of shape (N, C)')
     self.logits_out = logits[self.n:].float()
     self.learn.xb = (self.xb[0][:self.n],)
 
@@ -230,7 +244,7 @@ def after_pred(self:OutlierExposure):
 def after_loss(self:OutlierExposure):
     "Add the outliers' loss to what fastai backpropagates, and keep it for its columns"
     if self.logits_out is None: return
-    term = self.loss_out(self.pred.float(), self.logits_out)
+    term = self.loss_out(get_logits(self.pred).float(), self.logits_out)
     if term.ndim:
         raise ValueError('the loss on outliers must be a scalar, '
                          f'this one has shape {tuple(term.shape)}: take its mean')
@@ -271,7 +285,7 @@ def _mean(self:OutlierExposure, name):
 @patch
 def _note(self:OutlierExposure, term):
     "Keep the outliers' loss and the gap of the energies of this batch"
-    gap = energy(self.logits_out.detach()).mean() - energy(self.pred.detach().float()).mean()
+    gap = energy(self.logits_out.detach()).mean() - energy(get_logits(self.pred).detach().float()).mean()
     self.seen['out_loss'].append(term.detach())
     self.seen['energy_gap'].append(gap)
     if hasattr(self.learn, 'lr_finder'): self.learn.loss = self.loss_grad.clone()
@@ -403,3 +417,6 @@ def exposed(self:Learner, n=8):
         x = cb._transformed(cb.stream.draw(n), like)
         return x,cb._moved_out(x)
     finally: cb.load_state_dict(before)
+
+# %% ../nbs/05_exposure.ipynb #0ld05000
+from aoe_nb.device import DeviceMixedPrecision # noqa: F401 (was here)

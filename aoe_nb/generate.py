@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'Generator', 'Critic', 'GAN', 'Checkpoint', 'GANCallback', 'check_trainable', 'data_digest', 'gan_learner',
            'gan_schedule', 'train_gan', 'generator_path', 'save_generator', 'load_generator', 'PCAGaussian', 'Mixed',
-           'frechet_distance', 'nearest', 'aoe_generate']
+           'frechet_distance', 'nearest', 'training_seconds', 'find_or_train', 'write_samples']
 
 # %% ../nbs/11_generate.ipynb #e9c42d57
 import hashlib, json, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -16,18 +16,19 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.all import patch
-from fastcore.script import call_parse, store_true
 from .attack import eval_mode
 from .data import Images, inliers
 from .device import DeviceMixedPrecision, keep_memory
 from .loaders import RandomCropFlip
 from .models import check_weights, save_weights, weights_file
 from .record import check_writable, provenance, write_whole
+from .sources import on_disk, sources
 from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
-from fastai.torch_core import params
+from fastai.data.transforms import get_image_files
+from fastai.torch_core import default_device, params
 
 # %% ../nbs/11_generate.ipynb #d4afde50
 class _ConditionalNorm(nn.Module):
@@ -555,21 +556,109 @@ def frechet_distance(
     return float(max(distance, 0))
 
 # %% ../nbs/11_generate.ipynb #11b00039
+def _nearest_in(known, x, bs):
+    "The nearest of a few `known` for each of `x`, in batches: squared distance and index"
+    origin = known[:1].double() # what all images have in common cancels; whole numbers stay exact
+    known = known.double()-origin
+    lengths = known.square().sum(1)
+    res = []
+    for batch in x.split(bs):
+        batch = batch.double()-origin
+        squares = batch.square().sum(1, keepdim=True) + lengths - 2*batch@known.T
+        res.append(squares.min(1))
+    return [torch.cat(o) for o in zip(*res)]
+
+# %% ../nbs/11_generate.ipynb #kd110001
 def nearest(
     x, # (N,...), uint8 images or float features
     known, # (M,...), the same kind
     bs:int=200,
 )->tuple: # distance (N,), root mean square per pixel or feature, in units of the input; index (N,)
-    "For each of `x` the nearest of `known`"
-    a,b = (torch.as_tensor(o).flatten(1).float() for o in (x, known))
-    distances,indices = [],[]
-    for batch in a.split(bs):
-        d,i = torch.cdist(batch, b).min(1)
-        distances.append(d/a.shape[1]**.5)
-        indices.append(i)
-    return torch.cat(distances),torch.cat(indices)
+    "For each of `x` the nearest of `known`, exactly: a copy is at distance 0"
+    x,known = (torch.as_tensor(o).flatten(1) for o in (x, known))
+    least = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    index = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    first = 0
+    for some in known.split(10*bs):
+        squares,i = _nearest_in(some, x, bs)
+        closer = squares < least
+        least = torch.where(closer, squares, least)
+        index = torch.where(closer, first+i, index)
+        first += len(some)
+    pairs = zip(x.split(bs), index.split(bs))
+    gaps = [(a.double()-known[i].double()).square().mean(1).sqrt() for a,i in pairs]
+    return torch.cat(gaps).float(),index
 
 # %% ../nbs/11_generate.ipynb #a731e9af
+def training_seconds(
+    preset, # name in `presets`, or such a dict
+    n:int, # training images
+)->float:
+    "About how long a training takes on this machine, from one batch of noise after another has warmed it up"
+    p = presets[preset] if isinstance(preset, str) else preset
+    side = 4*2**len(p['generator']['widths'])
+    device = default_device()
+    with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bool(p['amp'])):
+        gan = GAN(Generator(**p['generator']), Critic(**p['critic']))
+        gan = gan.to(device, memory_format=torch.channels_last)
+        x = torch.rand(p['bs'], 3, side, side, device=device)
+        y = torch.arange(p['bs'], device=device) % 10
+        def step():
+            start = time.perf_counter()
+            _sum(gan(x, y), y).backward()
+            gan.generator.first.bias.grad.sum().item() # waits for a GPU
+            return time.perf_counter() - start
+        step()
+        return step()*(n//p['bs'])*p['epochs']
+
+def _in_words(seconds):
+    "'40 minutes', '12 hours' or '8 days'"
+    for unit,size in dict(days=86400, hours=3600, minutes=60).items():
+        if seconds >= 2*size: return f'{seconds/size:.0f} {unit}'
+    return f'{max(seconds, 1):.0f} seconds'
+
+# %% ../nbs/11_generate.ipynb #11b00052
+def _n_images(data):
+    "How many training images there are, without fetching any"
+    if Path(data).is_dir(): return len(get_image_files(Path(data)/'train'))
+    return sources[data].n['train'] if data in sources else len(inliers(data))
+
+def _plan(path, data, preset, run):
+    "What a training of the generator `path` means, how long it takes, and how to do without"
+    n = _n_images(data)
+    epochs = presets[preset]['epochs']
+    took = _in_words(training_seconds(preset, n))
+    lines = [f'{path} is trained first: {epochs} epochs of {n:,} images, about {took} on this machine']
+    if data in sources and not on_disk(data, 'train'): lines.append(f'{data} is not on this disk and is fetched before')
+    lines.append(f'Ctrl-C stops it, the same command goes on; after each epoch {run} shows samples')
+    places = path.parent,generator_path(preset, data).parent
+    there = sorted({f.name for o in places for f in o.glob(f'gan-*-{Path(data).name}-s*.pt')} - {path.name})
+    if there: lines.append(f'trained already, see --preset and --seed: {", ".join(there)}')
+    lines.append(f'to do without: --weights with the folder of a {path.name}, or outliers that need no training, '
+                 'PCAGaussian and Mixed in aoe_nb.generate')
+    return '\n  '.join(lines)
+
+# %% ../nbs/11_generate.ipynb #11b00054
+def find_or_train( # noqa: PLR0913
+    path, # of `generator_path`
+    data, # name of the inliers, or their folder
+    preset, # name in `presets`
+    seed, # of the training
+    weights, # folder where a new generator is kept
+    run, # folder for the checkpoint and the grids
+    retrain=False, # train even if it is there
+    ask=None, # called before a training, which starts if the answer is true
+)->Path:
+    "The path of the generator for `data`, trained if it is not there or `retrain` says so"
+    if retrain or not path.exists():
+        path = Path(weights)/path.name
+        print(_plan(path, data, preset, run), flush=True)
+        if ask and not ask(): raise ValueError('no generator, so no samples')
+        return _train_and_keep(data, preset, seed, path, run, retrain)
+    if Path(data).is_dir() and check_weights(path).get('digest') != data_digest(inliers(data)):
+        raise ValueError(f'{path} was trained on other images than those in {data}: give another folder for weights')
+    return path
+
 def _train_and_keep(data, preset, seed, path, run, retrain):
     "Train and put the generator where it belongs"
     images = inliers(data, 'train')
@@ -578,7 +667,6 @@ def _train_and_keep(data, preset, seed, path, run, retrain):
     if retrain and checkpoint.exists() and path.exists(): # a whole one; a killed retraining goes on
         path.unlink()
         checkpoint.unlink()
-    print(f'training {path.stem}: {presets[preset]["epochs"]} epochs, grids of samples in {run}')
     learn = train_gan(images, run/'train', preset, seed)
     log = learn.gan.log
     g = learn.model.ema.module
@@ -588,21 +676,26 @@ def _train_and_keep(data, preset, seed, path, run, retrain):
         recipe=presets[preset], seed=seed, seconds=round(sum(o['seconds'] for o in log), 1), log=log)
     return path
 
-def _find_or_train(path, data, preset, seed, weights, run, retrain):
-    "The path of the generator for `data`, trained if it is not there or `retrain` says so"
-    if retrain or not path.exists():
-        return _train_and_keep(data, preset, seed, Path(weights)/path.name, run, retrain)
-    if Path(data).is_dir() and check_weights(path).get('digest') != data_digest(inliers(data)):
-        raise ValueError(f'{path} was trained on other images than those in {data}: give another folder for weights')
-    return path
-
-def _write_samples(path, run, started, n, sigma, seed, blend, **about):
+# %% ../nbs/11_generate.ipynb #df8689c0
+def write_samples(
+    path, # of a generator
+    run, # folder for the samples
+    n, # number of samples
+    sigma, # scale of the latent vector
+    seed=0, # of the samples
+    blend=0, # how far class embeddings are mixed
+    started=None, # when the work began; default: now
+    **about, # what else the JSON says
+):
     "Sample from the generator at `path` into a file in `run`, with its origin beside it"
+    started = started or time.time()
     name = f'samples-{float(sigma)}'
     if blend: name += f'-blend{blend:g}'
     if seed: name += f'-s{seed}'
-    f = run/f'{name}.npz'
+    f = Path(run)/f'{name}.npz'
+    print(f'{path} is there: {n:,} samples at sigma {sigma:g}')
     x = load_generator(path).sample(n, sigma, seed, blend).x.numpy()
+    f.parent.mkdir(parents=True, exist_ok=True)
     write_whole(f, lambda o: np.savez(o, x=x))
     sha = hashlib.sha256(x.tobytes()).hexdigest()
     about = dict(model=path.name, **about, sigma=sigma, blend=blend, n=n, seed=seed, sha256=sha, **provenance())
@@ -610,30 +703,9 @@ def _write_samples(path, run, started, n, sigma, seed, blend, **about):
     write_whole(f.with_suffix('.json'), json.dumps(about, indent=1))
     print(f'{f}\n{f.with_suffix(".json")}')
 
-# %% ../nbs/11_generate.ipynb #df8689c0
-@call_parse
-def aoe_generate( # noqa: PLR0913
-    data:str='cifar10', # Inliers: cifar10, cifar100, or a folder with train/CLASS/ and test/CLASS/
-    preset:str='tiny', # Size of the networks: tiny, small or big
-    sigma:float=7, # Scale of the latent vector: 1 like the inliers, larger further out
-    n:int=50_000, # Number of samples
-    seed:int=0, # Of the generator's training; another seed is another generator
-    sample_seed:int=0, # Of the samples
-    blend:float=0, # How far class embeddings are mixed, 0 to 1
-    out:str='samples', # Folder for samples, checkpoints and grids
-    weights:str='weights', # Folder where trained generators are kept
-    retrain:store_true=False, # Train again even if the generator is there
-):
-    "Sample outliers from a generator trained on the inliers; run again, a training that was killed goes on"
-    t = time.time()
-    try:
-        if preset not in presets: raise ValueError(f'unknown preset {preset!r}: choose from {", ".join(presets)}')
-        _check_sample(n, sigma, blend)
-        path = generator_path(preset, data, seed, weights)
-        run = Path(out)/path.stem
-        check_writable(run, 3100*n + 200e6)
-        path = _find_or_train(path, data, preset, seed, weights, run, retrain)
-        print(f'{path} is there: {n:,} samples at sigma {sigma:g}')
-        _write_samples(path, run, t, n, sigma, sample_seed, blend, data=str(data), preset=preset)
-    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as e: raise SystemExit(f'aoe_generate: {e}')
-    except KeyboardInterrupt: raise SystemExit(f'stopped; the same command goes on from the last whole epoch in {run}')
+# %% ../nbs/11_generate.ipynb #11b00055
+def __getattr__(name):
+    "`aoe_generate` moved to the [commands](21_cli.ipynb), and is importable from here for one more release"
+    if name != 'aoe_generate': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from aoe_nb.cli import aoe_generate
+    return aoe_generate

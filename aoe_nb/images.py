@@ -20,6 +20,8 @@ class Images:
         if y is not None and len(y) != len(x): raise ValueError(f'{name}: {len(x)} images but {len(y)} labels')
         self.x = x
         self.y = None if y is None else torch.as_tensor(y).long()
+        if y is not None and classes and len(y) and self.y.max() >= len(classes):
+            raise ValueError(f'{name}: there is a label {int(self.y.max())}, but only {len(classes)} class names')
         self.classes = None if classes is None else list(classes)
         self.name = name
         self.group = group

@@ -83,36 +83,80 @@ def _replicates(pairs, n_boot, seed):
             rows.append(list(drawn.values()))
     return [np.array(rows) for rows in res]
 
-def _interval(replicates):
-    "The middle 95% of the replicates of each metric"
-    lo,hi = np.quantile(replicates, [.025,.975], axis=0)
-    res = {}
-    for i,name in enumerate(metric_names):
-        res[f'{name}_lo'] = lo[i]
-        res[f'{name}_hi'] = hi[i]
-    return res
+def _variance(replicates, n):
+    "Variance of each metric when at least `n` images are drawn of either side; resampling itself finds (n-1)/n of it"
+    return replicates.var(axis=0, ddof=min(1, len(replicates)-1)) * n/(n-1)
+
+# %% ../nbs/06_metrics.ipynb #kd060002
+def _wilson(share, n, z):
+    "Limits of a `share` that `n` independent images have shown (Wilson 1927)"
+    middle = (n*share + z**2/2)/(n + z**2)
+    half = z/(n + z**2)*np.sqrt(n*share*(1-share) + z**2/4)
+    return np.minimum(middle-half, share),np.maximum(middle+half, share) # whatever rounding does
+
+def _auroc_variance(s_in, s_out):
+    "Variance of AUROC over the choice of images (DeLong et al. 1988)"
+    def wins(one, other): # share of `other` below each of `one`, ties half
+        other = np.sort(other)
+        return (np.searchsorted(other, one, 'left') + np.searchsorted(other, one, 'right'))/(2*len(other))
+    return wins(s_out, s_in).var(ddof=1)/len(s_out) + wins(s_in, s_out).var(ddof=1)/len(s_in)
+
+# %% ../nbs/06_metrics.ipynb #kd060005
+def _area_limits(areas, variances, n, m):
+    "95% limits of AUROC, AUPR_OUT and AUPR_IN: those of shares that as many images as they are worth have shown"
+    small = min(n, m)
+    balanced = 2/(1/n + 1/m)
+    most = max(3*balanced, .3*balanced**1.5)
+    worth = np.array([n+m, m, n], dtype=float) # where nothing varies
+    np.divide(areas*(1-areas), variances, out=worth, where=variances > 1e-15)
+    return _wilson(areas, np.minimum(worth, most), stats.t.ppf(.975, small-1))
+
+# %% ../nbs/06_metrics.ipynb #kd060007
+def _fpr_limits(fpr, shown, setters):
+    "95% limits of the share of `shown` at or above the threshold that 95% of `setters` reach"
+    first,last = stats.binom.ppf([.1,.9], len(setters), .05).astype(int)
+    ordered = np.concatenate([[-np.inf], np.sort(setters)])
+    most = np.mean(shown >= ordered[first])
+    least = np.mean(shown >= ordered[last+1])
+    lo,hi = _wilson(fpr, len(shown), stats.norm.ppf(.975))
+    return fpr - np.hypot(fpr-least, fpr-lo),fpr + np.hypot(most-fpr, hi-fpr)
 
 # %% ../nbs/06_metrics.ipynb #0600001b
 metric_names = ['AUROC','AUPR_OUT','AUPR_IN','FPR95','FPR95_ID']
 
+def _values(pair): return np.array([*ood_metrics(*pair).values()])
+
+def _limits(pair, replicates):
+    "95% limits (2,5) of each metric, from the scores and from the metrics of resampled images"
+    s_in,s_out = pair
+    n,m = len(s_in),len(s_out)
+    if min(n, m) < 2: return np.array([[0.]*5, [1.]*5]) # one image says nothing about others
+    found = _values(pair)
+    variances = _variance(replicates, min(n, m))[:3]
+    variances[0] = _auroc_variance(s_in, s_out)
+    areas = _area_limits(found[:3], variances, n, m)
+    fpr = _fpr_limits(found[3], s_in, s_out)
+    fpr_id = _fpr_limits(found[4], -s_out, -s_in) # the same with the sides swapped
+    return np.column_stack([areas, fpr, fpr_id]).clip(0, 1)
+
+def _named(limits):
+    "Limits (2,5) by their names"
+    ends = dict(lo=limits[0], hi=limits[1])
+    return {f'{name}_{end}': float(ends[end][i]) for i,name in enumerate(metric_names) for end in ends}
+
 def bootstrap_interval(
     scores_in, # scores of inliers, a vector
     scores_out, # scores of outliers, a vector
-    n_boot:int=1000, # resamples
+    n_boot:int=1000, # resamples, from which AUPR gets its variance
     seed=0,
 )->dict: # {'AUROC_lo': ..., 'AUROC_hi': ..., ...}
-    "95% percentile intervals of `ood_metrics` over resampled images"
+    "95% intervals of `ood_metrics` over the choice of test images: Wilson's, by DeLong's variance or by resamples"
     pair = _scores(scores_in, 'scores_in'),_scores(scores_out, 'scores_out')
-    return _interval(_replicates([pair], n_boot, seed)[0])
+    return _named(_limits(pair, _replicates([pair], n_boot, seed)[0]))
 
 # %% ../nbs/06_metrics.ipynb #0f419a5a
-def image_bootstrap(
-    a, # (scores of inliers, scores of outliers) of one detector
-    b, # the same images under another
-    n_boot:int=1000, # resamples, of the same images for both
-    seed=0,
-)->pd.DataFrame: # one row a metric: a, b, b minus a, its 95% interval over images
-    "How sure `b` minus `a` is with respect to the choice of test images; says nothing about other training runs"
+def _checked_pairs(a, b):
+    "Both pairs of scores as arrays, or an error that says what is wrong with which"
     pairs = []
     for name,(s_in,s_out) in dict(a=a, b=b).items():
         s_in = _scores(s_in, f'the inliers of {name}')
@@ -121,8 +165,34 @@ def image_bootstrap(
     sizes = [[len(s) for s in pair] for pair in pairs]
     if sizes[0] != sizes[1]:
         raise ValueError(f'a and b must score the same images: {sizes[0]} and {sizes[1]} inliers and outliers')
-    reps_a,reps_b = _replicates(pairs, n_boot, seed)
-    lo,hi = np.quantile(reps_b-reps_a, [.025,.975], axis=0)
+    return pairs
+
+def _difference_limits(pairs, replicates):
+    "95% limits (2,5) of the second detector's metrics minus the first one's, on the same images"
+    a,b = map(_values, pairs)
+    small = min(map(len, pairs[0]))
+    if small < 2: return np.array([[-1.]*5, [1.]*5])
+    variance = _variance(replicates[1]-replicates[0], small)
+    half = stats.t.ppf(.975, small-1)*np.sqrt(variance)
+    lo,hi = (b-a) - half,(b-a) + half
+    same_order = all(np.array_equal(x, y) for x,y in zip(*(_ranks(*pair) for pair in pairs)))
+    if not same_order:
+        (lo_a,hi_a),(lo_b,hi_b) = (_limits(*o) for o in zip(pairs, replicates))
+        unseen = variance <= 1e-15
+        lo = np.where(unseen, (b-a) - np.hypot(b-lo_b, hi_a-a), lo)
+        hi = np.where(unseen, (b-a) + np.hypot(hi_b-b, a-lo_a), hi)
+    return np.array([lo, hi]).clip(-1, 1)
+
+# %% ../nbs/06_metrics.ipynb #kd060010
+def image_bootstrap(
+    a, # (scores of inliers, scores of outliers) of one detector
+    b, # the same images under another
+    n_boot:int=1000, # resamples, of the same images for both
+    seed=0,
+)->pd.DataFrame: # one row a metric: a, b, b minus a, its 95% interval over images
+    "How sure `b` minus `a` is with respect to the choice of test images; says nothing about other training runs"
+    pairs = _checked_pairs(a, b)
+    lo,hi = _difference_limits(pairs, _replicates(pairs, n_boot, seed))
     res = pd.DataFrame([ood_metrics(*pair) for pair in pairs], index=['a','b']).T
     return res.assign(diff=res.b-res.a, lo=lo, hi=hi).rename_axis('metric')
 
@@ -157,6 +227,23 @@ def report_means(
     return pd.concat([df, means]).rename_axis('set').astype(dict(n_in='Int64', n_out='Int64'))
 
 # %% ../nbs/06_metrics.ipynb #06000027
+def _distance(distances, replicates):
+    "How far the mean's limit lies from it, from the `distances` (K,) of K sets and their `replicates` (K,n_boot)"
+    with np.errstate(invalid='ignore', divide='ignore'), warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)
+        correlation = np.atleast_2d(np.corrcoef(replicates))
+    correlation = np.nan_to_num(correlation, nan=1.) # unknown: the safe side
+    return np.sqrt(max(distances @ correlation @ distances, 0))/len(distances)
+
+def _mean_limits(values, limits, replicates):
+    "95% limits (2,5) of the means over sets, from metrics (K,5), limits (K,2,5) and replicates (K,n_boot,5) of each"
+    res = np.repeat(values.mean(axis=0)[None], 2, axis=0)
+    for end,sign in enumerate((-1,1)):
+        distances = np.abs(values - limits[:,end])
+        for i in range(len(metric_names)): res[end,i] += sign*_distance(distances[:,i], replicates[:,:,i])
+    return res.clip(0, 1)
+
+# %% ../nbs/06_metrics.ipynb #kd060011
 def report_from_scores(
     scores_in, # scores of inliers, a vector
     sets:dict, # {name: (group, scores)} of outliers
@@ -167,14 +254,16 @@ def report_from_scores(
     rows = [report_row(name, group, scores_in, s) for name,(group,s) in sets.items()]
     df = pd.DataFrame(rows).set_index('set')
     if not n_boot: return report_means(df)
-    reps = {}
+    reps,limits = [],[]
     for i,(name,(_,s)) in enumerate(sets.items()):
         pair = _scores(scores_in, name),_scores(s, name)
-        reps[name] = _replicates([pair], n_boot, [seed, i])[0]
+        reps.append(_replicates([pair], n_boot, [seed, i])[0])
+        limits.append(_limits(pair, reps[-1]))
+    intervals = dict(zip(df.index, map(_named, limits)))
+    values,limits,reps = df[metric_names].to_numpy(float),np.array(limits),np.array(reps)
     for name,chosen in _averaged(df.group).items():
-        members = df.index[chosen]
-        reps[name] = np.mean([reps[k] for k in members], axis=0)
-    intervals = {name: _interval(r) for name,r in reps.items()}
+        chosen = chosen.to_numpy()
+        intervals[name] = _named(_mean_limits(values[chosen], limits[chosen], reps[chosen]))
     return report_means(df).join(pd.DataFrame(intervals).T)
 
 # %% ../nbs/06_metrics.ipynb #74fcd735
@@ -226,8 +315,14 @@ def calibration_bins(
     n_bins:int=15,
 )->pd.DataFrame: # one row a bin that is not empty: lo, hi, confidence, accuracy, n
     "Confidence and accuracy in bins of equal width"
-    confidence = np.asarray(confidence, dtype=np.float64)
-    correct = np.asarray(correct, dtype=np.float64)
+    confidence = _scores(confidence, 'confidence')
+    correct = _scores(correct, 'correct')
+    for name,v in dict(confidence=confidence, correct=correct).items():
+        if v.min() < -1e-6 or v.max() > 1+1e-6:
+            raise ValueError(f'{name} must lie in [0, 1], not from {v.min():g} to {v.max():g}: '
+                             'are these logits or percentages?')
+    if len(confidence) != len(correct):
+        raise ValueError(f'one confidence an image is needed: {len(confidence)} for {len(correct)} images')
     number = np.ceil(confidence*n_bins).astype(int) - 1 # a bin holds its upper end
     number = number.clip(0, n_bins-1)
     bins = pd.DataFrame(dict(bin=number, confidence=confidence, accuracy=correct)).groupby('bin')

@@ -7,6 +7,7 @@ __all__ = ['pytorch_ood_score']
 
 # %% ../nbs/08_peers.ipynb #2072d80a
 import inspect, torch
+from copy import deepcopy
 from functools import partial
 from torch import nn
 from fastai.learner import Learner
@@ -15,6 +16,7 @@ from .cache import fingerprint
 from .data import Images
 from .evaluation import on_input
 from .loaders import Pixels
+from .models import as_input, get_logits
 from .stream import labelled_batches
 
 # %% ../nbs/08_peers.ipynb #82b45a5f
@@ -26,10 +28,16 @@ def _head(model):
 
 def _features(model, x):
     "Features of the inputs `x`"
+    head = _head(model)
     seen = []
-    hook = _head(model).register_forward_pre_hook(lambda module,args: seen.append(args[0]))
-    try: model(x)
+    hook = head.register_forward_pre_hook(lambda module,args: seen.append(args[0]))
+    try:
+        with torch.compiler.set_stance('force_eager'): # a compiled model may pass by the hook
+            logits = get_logits(model(x))
     finally: hook.remove()
+    if not seen or seen[-1].ndim != 2 or head.out_features != logits.shape[1]:
+        raise ValueError('the detector needs features, the inputs of a last linear layer, '
+                         'and the logits of this model come from another one')
     return seen[-1].float()
 
 # %% ../nbs/08_peers.ipynb #08000014
@@ -72,7 +80,9 @@ def _known(name):
 def _built(cls, head, settings):
     "A detector of class `cls` with what it asks for, and with `settings`"
     offered = dict(model=None, encoder=None, backbone=None)
-    if head is not None: offered |= dict(head=head, w=head.weight, b=head.bias, d=head.in_features//2)
+    if head is not None:
+        if head.weight.dtype != torch.float32: head = deepcopy(head).float() # as the features
+        offered |= dict(head=head, w=head.weight, b=head.bias, d=head.in_features//2)
     asked = inspect.signature(cls).parameters
     return cls(**{k: v for k,v in offered.items() if k in asked} | settings)
 
@@ -80,15 +90,17 @@ def _passed(learn, source, look, bs):
     "What `look(model, inputs)` sees of all images of `source`, and their labels"
     pixels = Pixels(learn.dls.train)
     device = next(learn.model.parameters()).device
+    def seen(x): return look(learn.model, as_input(learn.model, pixels.encode(x.to(device))))
     res = []
     labels = []
     with eval_mode(learn.model), torch.no_grad():
-        for x,y in labelled_batches(source, bs):
-            res.append(look(learn.model, pixels.encode(x.to(device))))
+        for x,y in labelled_batches(source, bs, learn):
+            res.append(seen(x))
             labels.append(y)
     return torch.cat(res),torch.cat(labels).to(device)
 
 # %% ../nbs/08_peers.ipynb #c369998d
+@torch.inference_mode(False) # what is fitted takes part in gradients later
 def pytorch_ood_score(
     detector:str, # name of a detector of pytorch-ood: EnergyBased, KLMatching, Mahalanobis, KNN, ReAct, ViM, ...
     learn:Learner, # its model and, by default, its training set are what the detector is fitted to
@@ -99,7 +111,7 @@ def pytorch_ood_score(
     "A detector of pytorch-ood as a score, fitted; one that needs features takes the inputs of the last linear layer"
     cls,kind = _known(detector)
     head = None if kind == 'logits' else _head(learn.model)
-    def look(model, x): return model(x).float() if head is None else _features(model, x)
+    def look(model, x): return get_logits(model(x)).float() if head is None else _features(model, x)
     if train is None:
         whole = isinstance(learn.dls.train_ds, Images)
         train = learn.dls.train_ds if whole else learn.dls.train.new(shuffle=False, drop_last=False)

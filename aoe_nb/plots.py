@@ -19,24 +19,41 @@ def _looks():
     "Colour, line style and marker of one line after another, without end"
     return zip((f'C{i}' for i in count()), cycle(_lines), cycle('osX^DPv'))
 
-def _need(df, *columns):
-    "Refuse a table without the columns that a plot draws"
-    missing = [o for o in columns if o not in df]
-    if not missing: return
-    has = ", ".join(map(str, df.columns))
-    raise ValueError(f'the table lacks {", ".join(missing)}: it has {has}')
-
 def _side_by_side(n, width=.84, most=.28):
     "Where `n` things stand around 0 in `width`, at most `most` apart"
     gap = min(most, width/max(n, 1))
     return gap*(np.arange(n) - (n-1)/2)
 
-def _axes(ax): return plt.subplots(figsize=(4.2,2.8))[1] if ax is None else ax
+def _axes(ax, width=4.2, height=2.8): return plt.subplots(figsize=(width,height))[1] if ax is None else ax
 
 def _legend(ax, **kwargs):
-    "A legend where there are names for it"
-    if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False, **kwargs)
+    "A legend where there are names for it; many names stand beside the picture"
+    n = len(ax.get_legend_handles_labels()[1])
+    if n > 9: kwargs |= dict(loc='center left', bbox_to_anchor=(1,.5), ncols=-(-n//12), fontsize='small')
+    if n > 9 and not ax.figure.get_layout_engine(): ax.figure.set_layout_engine('constrained') # makes room for it
+    if n: ax.legend(frameon=False, **kwargs)
     return ax
+
+# %% ../nbs/09_plots.ipynb #09b00002
+def _need(df, *columns, holes=()):
+    "Refuse a table without the columns that a plot draws, or with NaN in others than `holes`"
+    missing = [o for o in (*columns, *holes) if o not in df]
+    if missing:
+        has = ", ".join(map(str, df.columns))
+        raise ValueError(f'the table lacks {", ".join(missing)}: it has {has}')
+    for name,n in df[[*columns]].isna().sum().items():
+        if n: raise ValueError(f'{name} holds NaN ({n} of {len(df)} rows), which a picture would leave out: '
+                               'find out why, or drop those rows')
+
+def _populations(df):
+    "The scores of each population, in the order of the table"
+    _need(df, 'population', 'score')
+    return {name: o.to_numpy(float) for name,o in df.groupby('population', sort=False, observed=True).score}
+
+def _pop(scores, inliers):
+    "Take the inliers out of `scores`, or say that there are none"
+    if inliers in scores: return scores.pop(inliers)
+    raise ValueError(f'no population is called {inliers!r}: there are {", ".join(map(str, scores))}')
 
 # %% ../nbs/09_plots.ipynb #e9b98f03
 def plot_scores(
@@ -45,17 +62,25 @@ def plot_scores(
     bins=40,
     inliers='inliers', # the population that is filled
 ): # Axes
-    "Histograms of the scores of each population"
-    _need(df, 'population', 'score')
+    "Histograms of the finite scores of each population; the legend counts infinite ones"
+    scores = _populations(df)
     ax = _axes(ax)
-    scores = {k: o.values for k,o in df.groupby('population', sort=False).score}
-    edges = np.histogram_bin_edges(df.score[np.isfinite(df.score)], bins)
-    shared = dict(ax=ax, bins=edges, stat='density', element='step')
-    sns.histplot(scores.pop(inliers, []), color='.75', edgecolor='.6', label=inliers, **shared)
-    for (name,values),(color,line,_) in zip(scores.items(), _looks()):
-        sns.histplot(values, color=color, fill=False, ls=line, lw=1.5, label=name, **shared)
+    finite = df.score[np.isfinite(df.score)]
+    edges = np.histogram_bin_edges(finite, bins)
+    if inliers in scores: _histogram(ax, edges, inliers, scores.pop(inliers), color='.75', edgecolor='.6')
+    for (name,s),(color,line,_) in zip(scores.items(), _looks()):
+        _histogram(ax, edges, name, s, color=color, fill=False, ls=line, lw=1.5)
     ax.set(xlabel='score', ylabel='density', yticks=[])
     return _legend(ax)
+
+# %% ../nbs/09_plots.ipynb #09b00003
+def _histogram(ax, edges, name, scores, **look):
+    "The finite ones of `scores`; the label counts the others"
+    finite = scores[np.isfinite(scores)]
+    n = len(scores) - len(finite)
+    label = f'{name} ({n} infinite)' if n else name
+    if len(finite): sns.histplot(finite, ax=ax, bins=edges, stat='density', element='step', label=label, **look)
+    else: ax.plot([], [], color=look['color'], label=label) # the legend names it all the same
 
 # %% ../nbs/09_plots.ipynb #658c4b42
 def plot_roc(
@@ -64,13 +89,13 @@ def plot_roc(
     inliers='inliers',
 ): # Axes
     "The ROC curve of each population against the inliers, AUROC in the legend"
-    _need(df, 'population', 'score')
+    scores = _populations(df)
+    s_in = _pop(scores, inliers)
     ax = _axes(ax)
-    scores = {k: o.values for k,o in df.groupby('population', sort=False).score}
-    s_in = scores.pop(inliers)
     for (name,s_out),(color,line,_) in zip(scores.items(), _looks()):
         is_out = np.repeat([0,1], [len(s_in), len(s_out)])
-        fpr,tpr,_ = roc_curve(is_out, np.concatenate([s_in, s_out]))
+        ranks = np.unique(np.concatenate([s_in, s_out]), return_inverse=True)[1] # infinities have a rank too
+        fpr,tpr,_ = roc_curve(is_out, ranks)
         ax.plot(fpr, tpr, color=color, ls=line, label=f'{name}, {auc(fpr, tpr):.3f}')
     ax.axhline(.95, color='.6', ls=':', lw=1)
     ax.set(xlabel='inliers flagged', ylabel='outliers detected')
@@ -121,7 +146,8 @@ def plot_transfer(
     ax=None,
 ): # Axes
     "The transfer matrix as shades of grey, with its numbers"
-    ax = _axes(ax)
+    rows,columns = df.shape
+    ax = _axes(ax, max(4.2, .5*columns+1.6), max(2.8, .35*rows+1)) # numbers that do not overlap
     shades = dict(cmap='Greys', vmin=0, vmax=1, cbar=False, square=True, linewidths=1)
     sns.heatmap(df.astype(float), annot=True, fmt='.2f', ax=ax, **shades)
     ax.set(xlabel=df.columns.name or 'scored by', ylabel=df.index.name or 'made on')
@@ -157,8 +183,11 @@ def plot_step(
     others = [o for o in df.population.unique() if o != inliers]
     looks = dict(zip(others, zip(_side_by_side(len(others)), _looks())))
     unnamed = dict(zip(others, others)) # the legend names each once
-    quantiles = df.groupby(['group','population'], sort=False).score.quantile([.05,.5,.95])
+    each = df.groupby(['group','population'], sort=False, observed=True)
+    quantiles = each.score.quantile([.05,.5,.95]).astype(float)
     for (group,name),(lo,mid,hi) in quantiles.unstack(sort=False).iterrows():
+        if not np.isfinite([lo,mid,hi]).all():
+            raise ValueError(f'{name} in {group} has infinite scores between its 5th and 95th percentile')
         x = groups.index(group)
         if name == inliers:
             ax.fill_between([x-.4,x+.4], lo, hi, color='.88', lw=0)
@@ -178,11 +207,13 @@ def plot_gains(
 ): # Axes
     "Differences in points, with their intervals where the table has them"
     df = df.reset_index()
-    _need(df, 'set', 'metric', 'diff', 'lo', 'hi')
-    ax = _axes(ax)
-    df = df[df.metric == metric]
+    if 'metric' in df: df = df[df.metric == metric]
+    against = ['against'] if 'against' in df else []
+    _need(df, 'set', 'metric', 'diff', *against, holes=['lo','hi'])
+    if df.empty: raise ValueError(f'the table has no {metric}')
     sets = list(df.set.unique())
-    groups = list(df.groupby('against', sort=False)) if 'against' in df else [(None,df)]
+    groups = list(df.groupby('against', sort=False)) if against else [(None,df)]
+    ax = _axes(ax, height=max(2.8, .22*len(sets)))
     for (against,rows),shift,(color,_,mark) in zip(groups, _side_by_side(len(groups), .56, .56), _looks()):
         y = np.array([sets.index(o) for o in rows.set]) + shift
         label = None if against is None else f'minus {against}'

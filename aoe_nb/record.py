@@ -7,8 +7,7 @@ __all__ = ['provenance', 'write_whole', 'check_writable', 'config_hash', 'result
 
 # %% ../nbs/16_record.ipynb #54e85758
 import hashlib, json, os, platform, shutil, subprocess, time
-import pandas as pd, torch
-from fastai.torch_core import default_device
+import pandas as pd
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +27,8 @@ def _commit():
 
 def _machine():
     "Processor or graphics card, and threads"
+    import torch # here, so that who only checks a folder need not wait for it
+    from fastai.torch_core import default_device
     if default_device().type == 'cuda': return torch.cuda.get_device_name()
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []

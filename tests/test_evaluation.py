@@ -1,8 +1,9 @@
 "The bench and its cache: what makes a new file, what has no name, how often the model is called."
+
 import warnings
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
-import fastai.callback.all # noqa: F401 (brings `no_bar`)
+import fastai.callback.all  # noqa: F401 (brings `no_bar`)
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.cache import fingerprint, kept
 from aoe_nb.data import inliers, unseen
@@ -12,126 +13,173 @@ from aoe_nb.loaders import Pixels
 from aoe_nb.models import small_cnn
 from fastai.learner import Learner
 
+
 @pytest.fixture(scope='module')
 def learn():
     torch.manual_seed(0)
-    dls = inliers('digits7').dls(64, valid=inliers('digits7', 'test'), normalize=([.3],[.37]))
+    dls = inliers('digits7').dls(64, valid=inliers('digits7', 'test'), normalize=([0.3], [0.37]))
     learn = Learner(dls, small_cnn(1, dls.c))
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(5, 5e-3)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(5, 5e-3)
     return learn
+
 
 @pytest.fixture(scope='module')
 def sets():
-    return {name: o.take(slice(0,100)) for name,o in unseen('all', id='digits7').items()}
+    return {name: o.take(slice(0, 100)) for name, o in unseen('all', id='digits7').items()}
+
 
 @pytest.fixture
-def some(sets): return sets['flower']
+def some(sets):
+    return sets['flower']
+
 
 # the cache
 
-def files(folder): return sorted(folder.glob('*.npy'))
+
+def files(folder):
+    return sorted(folder.glob('*.npy'))
+
 
 @pytest.fixture
 def known(learn, some, tmp_path):
     "A folder with the scores of one attack, the arguments that gave them, and the scores"
-    args = dict(attack=PGD(8/255, 3), cache=tmp_path)
-    return tmp_path,args,learn.ood_scores(some, **args)
+    args = dict(attack=PGD(8 / 255, 3), cache=tmp_path)
+    return tmp_path, args, learn.ood_scores(some, **args)
+
 
 def is_new(learn, known, source, **changed):
     "Whether a call with something `changed` makes one new file"
-    folder,args,_ = known
+    folder, args, _ = known
     n = len(files(folder))
     learn.ood_scores(source, **(args | changed))
-    return len(files(folder)) == n+1
+    return len(files(folder)) == n + 1
+
 
 def test_the_same_call_reads(learn, some, known):
-    folder,args,scores = known
+    folder, args, scores = known
     assert len(files(folder)) == 1 and not is_new(learn, known, some)
     assert torch.equal(learn.ood_scores(some, **args), scores)
     assert torch.equal(learn.ood_scores(some, attack=args['attack']), scores)
     assert [o.suffix for o in folder.iterdir()] == ['.npy'], 'nothing half written is left'
 
+
 def test_a_report_is_read_again(learn, sets, tmp_path):
-    first,again = (learn.ood_report(sets, attack=PGD(8/255, 3), cache=tmp_path) for _ in range(2))
+    first, again = (learn.ood_report(sets, attack=PGD(8 / 255, 3), cache=tmp_path) for _ in range(2))
     n = len(files(tmp_path))
     assert first.equals(again) and first.attrs == again.attrs
-    learn.ood_scores(sets['flower'], attack=PGD(8/255, 3), cache=tmp_path)
+    learn.ood_scores(sets['flower'], attack=PGD(8 / 255, 3), cache=tmp_path)
     assert len(files(tmp_path)) == n, 'its parts are the same files'
 
-changes = dict(attack=dict(attack=PGD(8/255, 4)), step=dict(attack=PGD(8/255, 3, alpha=.01)), seed=dict(seed=1),
-    direction=dict(sign=-1), score=dict(score='msp'), T=dict(score=partial(energy, T=2.)), batch=dict(bs=50))
+
+changes = dict(
+    attack=dict(attack=PGD(8 / 255, 4)),
+    step=dict(attack=PGD(8 / 255, 3, alpha=0.01)),
+    seed=dict(seed=1),
+    direction=dict(sign=-1),
+    score=dict(score='msp'),
+    T=dict(score=partial(energy, T=2.0)),
+    batch=dict(bs=50),
+)
+
+
 @pytest.mark.parametrize('what', changes)
 def test_every_argument_makes_a_new_file(learn, some, known, what):
     assert is_new(learn, known, some, **changes[what])
     assert not is_new(learn, known, some, **changes[what])
 
+
 def test_two_temperatures_are_two_scores(learn, some, known):
-    assert all(is_new(learn, known, some, score=partial(energy, T=t)) for t in (2.,3.))
+    assert all(is_new(learn, known, some, score=partial(energy, T=t)) for t in (2.0, 3.0))
+
 
 def test_one_grey_level_makes_a_new_file(learn, some, known):
     x = some.x.clone()
-    x[0,0,0,0] += 1
+    x[0, 0, 0, 0] += 1
     assert is_new(learn, known, x)
 
-def test_precision_makes_a_new_file(learn, some, known):
-    assert is_new(learn, known, some.x[:4], attack=FGSM(8/255))
-    with torch.autocast('cpu', torch.bfloat16): assert is_new(learn, known, some.x[:4], attack=FGSM(8/255))
 
-@pytest.mark.parametrize('what', ['weight','buffer'])
+def test_precision_makes_a_new_file(learn, some, known):
+    assert is_new(learn, known, some.x[:4], attack=FGSM(8 / 255))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert is_new(learn, known, some.x[:4], attack=FGSM(8 / 255))
+
+
+@pytest.mark.parametrize('what', ['weight', 'buffer'])
 def test_weights_and_buffers_make_a_new_file(learn, some, known, what):
     o = learn.model[0].weight if what == 'weight' else learn.model[1].running_mean
     old = o.detach().clone()
     try:
-        with torch.no_grad(): o.mul_(1.001)
+        with torch.no_grad():
+            o.mul_(1.001)
         assert is_new(learn, known, some)
     finally:
-        with torch.no_grad(): o.copy_(old)
+        with torch.no_grad():
+            o.copy_(old)
     assert not is_new(learn, known, some), 'all is as it was, and known'
 
-@pytest.mark.parametrize('what', ['a setting of a layer','normalisation'])
+
+@pytest.mark.parametrize('what', ['a setting of a layer', 'normalisation'])
 def test_settings_make_a_new_file(learn, some, known, what):
-    o,name = (learn.model[1],'eps') if what.startswith('a') else (Pixels(learn.dls.train).norm,'std')
+    o, name = (learn.model[1], 'eps') if what.startswith('a') else (Pixels(learn.dls.train).norm, 'std')
     old = getattr(o, name)
     try:
-        setattr(o, name, old*2)
+        setattr(o, name, old * 2)
         assert is_new(learn, known, some)
-    finally: setattr(o, name, old)
+    finally:
+        setattr(o, name, old)
     assert not is_new(learn, known, some)
 
-class Method:
-    def score(self, logits): return energy(logits)
 
-@pytest.mark.parametrize('score', [lambda o: energy(o), Method().score, on_input(lambda m,x: energy(m(x)))])
+class Method:
+    def score(self, logits):
+        return energy(logits)
+
+
+@pytest.mark.parametrize('score', [lambda o: energy(o), Method().score, on_input(lambda m, x: energy(m(x)))])
 def test_what_has_no_name_is_computed_with_a_warning(learn, some, tmp_path, score):
-    with pytest.warns(UserWarning, match='not cached') as said: learn.ood_scores(some, score=score, cache=tmp_path)
+    with pytest.warns(UserWarning, match='not cached') as said:
+        learn.ood_scores(some, score=score, cache=tmp_path)
     assert not list(tmp_path.iterdir())
     assert said[0].filename == __file__, 'the warning points at the call'
 
+
 def test_a_model_with_a_hook_has_no_name(learn, some, tmp_path):
-    hook = learn.model.register_forward_hook(lambda m,i,o: o)
+    hook = learn.model.register_forward_hook(lambda m, i, o: o)
     try:
-        with pytest.warns(UserWarning, match='not cached'): learn.ood_scores(some, cache=tmp_path)
-    finally: hook.remove()
+        with pytest.warns(UserWarning, match='not cached'):
+            learn.ood_scores(some, cache=tmp_path)
+    finally:
+        hook.remove()
     assert not list(tmp_path.iterdir())
+
 
 def test_an_identity_names_a_score_of_inputs(learn, some, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for name in 'a','b','a':
-            score = on_input(lambda m,x: energy(m(x)), identity=name)
+        for name in 'a', 'b', 'a':
+            score = on_input(lambda m, x: energy(m(x)), identity=name)
             learn.ood_scores(some, score, cache=tmp_path)
     assert len(files(tmp_path)) == 2
 
+
 def test_a_loader_that_shuffles_is_filed_under_what_was_seen(learn, tmp_path):
     shuffled = inliers('digits7', 'test').dl(64, shuffle=True)
-    a,b = (learn.ood_scores(shuffled, cache=tmp_path) for _ in range(2))
+    a, b = (learn.ood_scores(shuffled, cache=tmp_path) for _ in range(2))
     assert not torch.equal(a, b) and torch.allclose(a.sort()[0], b.sort()[0], atol=1e-4)
 
+
 def test_a_killed_run_leaves_no_file(tmp_path):
-    def batches(): return [(torch.zeros(2),)]
-    def killed(batches): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): kept(tmp_path, 'killed', batches, killed)
+    def batches():
+        return [(torch.zeros(2),)]
+
+    def killed(batches):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path, 'killed', batches, killed)
     assert not list(tmp_path.iterdir())
+
 
 def test_a_part_called_identity_does_not_stand_for_its_layer():
     class Block(torch.nn.Module):
@@ -139,58 +187,76 @@ def test_a_part_called_identity_does_not_stand_for_its_layer():
             super().__init__()
             self.identity = identity
             self.layer = torch.nn.Linear(2, 2)
+
     Block.__module__ = 'torch.nn.modules.linear'
     Block.__qualname__ = 'Block'
     assert len({fingerprint(Block(o)) for o in (None, None, torch.nn.BatchNorm1d(2))}) == 3
 
+
 # the bench
 
+
 def test_learner_methods_are_the_bench(learn, sets):
-    attack = PGD(4/255, 2)
+    attack = PGD(4 / 255, 2)
     bench = Bench(learn, sets, 'msp', seed=3, bs=50)
     kw = dict(seed=3, bs=50)
     same = pd.testing.assert_frame_equal
     report = learn.ood_report(sets, 'msp', attack, 'both', n_boot=5, **kw)
     same(bench.report(attack, 'both', 5), report)
     assert bench.report(attack, 'both', 5).attrs == report.attrs
-    same(bench.curve([0,4/255], attack, 'id'), learn.robustness_curve(sets, [0,4/255], attack, 'msp', 'id', **kw))
+    same(bench.curve([0, 4 / 255], attack, 'id'), learn.robustness_curve(sets, [0, 4 / 255], attack, 'msp', 'id', **kw))
     same(bench.frame(attack), learn.score_frame(sets, 'msp', attack, **kw))
-    table = dict(energy=energy, msp=msp),{'none': None, 'PGD': attack}
+    table = dict(energy=energy, msp=msp), {'none': None, 'PGD': attack}
     same(bench.table(*table, 'FPR95'), learn.attack_table(sets, *table, 'FPR95', **kw))
     o = sets['flower']
     assert torch.equal(bench.scores(o, attack, -1), learn.ood_scores(o, 'msp', attack, -1, **kw))
     assert torch.equal(bench.attacked(o, attack), learn.attacked_images(o, attack, 'msp', **kw))
 
+
 def n_images(learn, f):
     "How many images pass the model during `f`"
     seen = []
-    hook = learn.model.register_forward_hook(lambda m,i,o: seen.append(len(o)))
-    try: f()
-    finally: hook.remove()
+    hook = learn.model.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    try:
+        f()
+    finally:
+        hook.remove()
     return sum(seen)
+
 
 def test_untouched_inliers_are_scored_once(learn, some):
     sets = dict(some=some)
-    n_in,n_out = len(learn.dls.valid_ds),len(some)
-    def curve(attacked): learn.robustness_curve(sets, [0,.01,.02], FGSM, attacked=attacked)
-    assert n_images(learn, lambda: curve('ood')) == n_in + 5*n_out, 'an attack step is a second pass'
-    assert n_images(learn, lambda: curve('both')) == 5*n_in + 5*n_out
-    attacks = {'none': None, 'FGSM': FGSM(.01), 'again': FGSM(.02)}
-    def table(): learn.attack_table(sets, dict(a=energy, b='msp'), attacks)
-    assert n_images(learn, table) == 2*(n_in + 5*n_out), 'once a score'
+    n_in, n_out = len(learn.dls.valid_ds), len(some)
+
+    def curve(attacked):
+        learn.robustness_curve(sets, [0, 0.01, 0.02], FGSM, attacked=attacked)
+
+    assert n_images(learn, lambda: curve('ood')) == n_in + 5 * n_out, 'an attack step is a second pass'
+    assert n_images(learn, lambda: curve('both')) == 5 * n_in + 5 * n_out
+    attacks = {'none': None, 'FGSM': FGSM(0.01), 'again': FGSM(0.02)}
+
+    def table():
+        learn.attack_table(sets, dict(a=energy, b='msp'), attacks)
+
+    assert n_images(learn, table) == 2 * (n_in + 5 * n_out), 'once a score'
     bench = Bench(learn, sets)
     bench.metrics()
-    assert n_images(learn, lambda: bench.metrics(FGSM(.01))) == 2*n_out, 'the bench remembers'
+    assert n_images(learn, lambda: bench.metrics(FGSM(0.01))) == 2 * n_out, 'the bench remembers'
+
 
 def test_bench_scores_a_source_without_sets(learn, some):
     assert torch.equal(Bench(learn).scores(some), learn.ood_scores(some))
-    with pytest.raises(TypeError, match='sets must be a dict'): Bench(learn).report()
-    with pytest.raises(ValueError, match='no images'): Bench(learn).scores(some.x[:0])
+    with pytest.raises(TypeError, match='sets must be a dict'):
+        Bench(learn).report()
+    with pytest.raises(ValueError, match='no images'):
+        Bench(learn).scores(some.x[:0])
+
 
 def test_masking_of_the_bench_says_what_the_learner_warns_of(learn, some):
-    cut = on_input(lambda m,x: energy(m(x).detach()))
+    cut = on_input(lambda m, x: energy(m(x).detach()))
     quiet = Bench(learn, None, cut).masking(some, steps=2, n_queries=5)
-    with pytest.warns(UserWarning, match='masked') as said: loud = learn.masking_check(some, cut, steps=2, n_queries=5)
+    with pytest.warns(UserWarning, match='masked') as said:
+        loud = learn.masking_check(some, cut, steps=2, n_queries=5)
     pd.testing.assert_frame_equal(quiet, loud)
     said = [w for w in said if 'masked' in str(w.message)]
     assert len(said) == loud.suspicious.sum()

@@ -1,37 +1,43 @@
 "The command that makes outliers: trains once, samples the same images again, and says what is wrong before it works."
+
 import json, numpy as np, pytest, subprocess, sys
 from pathlib import Path
 from PIL import Image
 from aoe_nb.data import outliers
 
-COMMAND = str(Path(sys.executable).parent/'aoe_generate')
+COMMAND = str(Path(sys.executable).parent / 'aoe_generate')
+
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "Two classes of 64 small pictures, as a folder"
     folder = tmp_path_factory.mktemp('generate')
     rng = np.random.default_rng(0)
-    for split in 'train','test':
-        for k,c in enumerate(('dark','bright')):
-            (folder/'toy'/split/c).mkdir(parents=True)
+    for split in 'train', 'test':
+        for k, c in enumerate(('dark', 'bright')):
+            (folder / 'toy' / split / c).mkdir(parents=True)
             for i in range(64):
-                pixels = rng.random((32,32,3))*90 + 150*k
-                Image.fromarray(pixels.astype(np.uint8)).save(folder/'toy'/split/c/f'{i}.png')
+                pixels = rng.random((32, 32, 3)) * 90 + 150 * k
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / 'toy' / split / c / f'{i}.png')
     return folder
+
 
 def generate(home, *args):
     return subprocess.run([COMMAND, '--data', 'toy', *map(str, args)], cwd=home, capture_output=True, text=True)
 
+
 def test_trains_once_and_repeats(home):
-    f = home/'samples/gan-tiny-toy-s0/samples-3.0.npz'
-    def about(): return json.loads(f.with_suffix('.json').read_text())
+    f = home / 'samples/gan-tiny-toy-s0/samples-3.0.npz'
+
+    def about():
+        return json.loads(f.with_suffix('.json').read_text())
 
     first = generate(home, '--n', 120, '--sigma', 3)
     assert first.returncode == 0, first.stderr[-2000:]
     x = np.load(f)['x']
-    assert x.shape == (120,3,32,32) and x.dtype == np.uint8 and len(outliers(f)) == 120
+    assert x.shape == (120, 3, 32, 32) and x.dtype == np.uint8 and len(outliers(f)) == 120
     assert about()['sigma'] == 3
-    known = json.loads((home/'weights/gan-tiny-toy-s0.json').read_text())
+    known = json.loads((home / 'weights/gan-tiny-toy-s0.json').read_text())
     assert known['data'] == 'toy' and known['split'] == 'train' and len(known['log']) == 7
 
     sha = about()['sha256']
@@ -40,6 +46,7 @@ def test_trains_once_and_repeats(home):
     assert again.returncode == 0 and 'training' not in again.stdout
     assert about()['sha256'] == sha and (np.load(f)['x'] == x).all()
 
+
 REFUSED = [
     (('--sigma', 0), 'sigma must be a positive'),
     (('--preset', 'huge'), 'tiny, small, big'),
@@ -47,7 +54,9 @@ REFUSED = [
     (('--data', 'nowhere'), 'unknown set of inliers'),
     (('--blend', 3), 'blend must lie'),
     (('--n', 10**15), 'are needed'),
-    (('--out', '/proc/x'), 'choose another output folder')]
+    (('--out', '/proc/x'), 'choose another output folder'),
+]
+
 
 @pytest.mark.parametrize('args,why', REFUSED)
 def test_refuses(home, args, why):

@@ -1,4 +1,5 @@
 "The study: no result is lost, the search still finds what it found, and claims need nothing but the folder of results."
+
 import importlib, json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -11,9 +12,9 @@ from aoe_nb.study.protocol import attack_plans, chosen, claim_texts, experiments
 from aoe_nb.study.search import done_in, search, settled, write_chosen
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT/'results'
-BEFORE = json.loads((ROOT/'tests/claims.json').read_text())
-IDS = ['cifar10','cifar100']
+RESULTS = ROOT / 'results'
+BEFORE = json.loads((ROOT / 'tests/claims.json').read_text())
+IDS = ['cifar10', 'cifar100']
 
 
 # What was found
@@ -23,7 +24,7 @@ def test_claims_are_what_they_were():
     assert json.loads(claims(RESULTS).to_json(orient='index')) == BEFORE
 
 
-ELSEWHERE = '''
+ELSEWHERE = """
 import sys, aoe_nb
 assert aoe_nb.__file__.startswith(sys.argv[1]), aoe_nb.__file__
 from aoe_nb.study.claims import claims, complete, gains, runs_of
@@ -32,30 +33,30 @@ runs = complete(runs_of('cifar100', 'results'))
 assert len(gains(runs).loc['oe']) and len(runs) == 50
 assert [len(runs_of('cifar10', 'results', o)) for o in ('hard','second','recipes','best')] == [5,4,14,6]
 print(claims('results').to_json(orient='index'))
-'''
+"""
 
 
 def test_claims_need_only_the_folder_of_results(tmp_path):
     "The package somewhere else, no weights, no checkout: the same table"
     skip = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT/'aoe_nb', tmp_path/'site/aoe_nb', ignore=skip)
-    shutil.copytree(RESULTS, tmp_path/'there/results')
-    env = os.environ | dict(PYTHONPATH=str(tmp_path/'site'), OMP_NUM_THREADS='1')
+    shutil.copytree(ROOT / 'aoe_nb', tmp_path / 'site/aoe_nb', ignore=skip)
+    shutil.copytree(RESULTS, tmp_path / 'there/results')
+    env = os.environ | dict(PYTHONPATH=str(tmp_path / 'site'), OMP_NUM_THREADS='1')
     command = [sys.executable, '-W', 'ignore', '-c', ELSEWHERE, str(tmp_path)]
-    res = subprocess.run(command, cwd=tmp_path/'there', env=env, capture_output=True, text=True)
+    res = subprocess.run(command, cwd=tmp_path / 'there', env=env, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr[-2000:]
     assert json.loads(res.stdout) == BEFORE
 
 
 def test_runs_beside_the_grid_do_not_count(tmp_path):
-    shutil.copytree(RESULTS/'grid', tmp_path/'grid')
-    shutil.copy(RESULTS/'chosen.json', tmp_path)
+    shutil.copytree(RESULTS / 'grid', tmp_path / 'grid')
+    shutil.copy(RESULTS / 'chosen.json', tmp_path)
     before = runs_of('cifar10', tmp_path)
-    for i,change in enumerate((dict(lr=.1), dict(start_sha='00000000'), dict(model='wrn40_2'))):
+    for i, change in enumerate((dict(lr=0.1), dict(start_sha='00000000'), dict(model='wrn40_2'))):
         other = before[0] | dict(config=before[0]['config'] | change)
-        (tmp_path/'grid'/f'plain-cifar10-s0-other{i}.json').write_text(json.dumps(other))
+        (tmp_path / 'grid' / f'plain-cifar10-s0-other{i}.json').write_text(json.dumps(other))
     assert runs_of('cifar10', tmp_path) == before
-    assert runs_of('cifar10', tmp_path/'grid') == [] # nothing is chosen there
+    assert runs_of('cifar10', tmp_path / 'grid') == []  # nothing is chosen there
 
 
 # What was chosen
@@ -63,12 +64,14 @@ def test_runs_beside_the_grid_do_not_count(tmp_path):
 
 def test_lock_file_holds_what_the_search_found():
     lock = chosen(RESULTS)
-    settings = {id: tuple(o['settings'].values()) for id,o in lock.items()}
-    assert settings == dict(cifar10=('frozen',7,16,1e-3,.125,'uniform'), cifar100=('frozen',7,8,3e-3,.5,'uniform'))
-    assert {id: list(o['settings']) for id,o in lock.items()} == {id: list(protocol['search']['space']) for id in IDS}
+    settings = {id: tuple(o['settings'].values()) for id, o in lock.items()}
+    assert settings == dict(
+        cifar10=('frozen', 7, 16, 1e-3, 0.125, 'uniform'), cifar100=('frozen', 7, 8, 3e-3, 0.5, 'uniform')
+    )
+    assert {id: list(o['settings']) for id, o in lock.items()} == {id: list(protocol['search']['space']) for id in IDS}
     assert [lock[id]['floor'] for id in IDS] == [0.9025000238418579, 0.6410000228881836]
-    assert [lock[id]['best'] for id in IDS] == [('aoe_pgd_half',8), ()]
-    assert [lock[id]['taken'] for id in IDS] == [('aoe_pgd_half',8)]*2
+    assert [lock[id]['best'] for id in IDS] == [('aoe_pgd_half', 8), ()]
+    assert [lock[id]['taken'] for id in IDS] == [('aoe_pgd_half', 8)] * 2
 
 
 @pytest.mark.parametrize('id', IDS)
@@ -77,20 +80,21 @@ def test_search_finds_it_again(id):
 
 
 def test_search_writes_once(tmp_path):
-    for name in 'select','recipes': shutil.copytree(RESULTS/name, tmp_path/name)
+    for name in 'select', 'recipes':
+        shutil.copytree(RESULTS / name, tmp_path / name)
     write_chosen(tmp_path)
-    assert (tmp_path/'chosen.json').read_bytes() == (RESULTS/'chosen.json').read_bytes()
-    shutil.rmtree(tmp_path/'select')
+    assert (tmp_path / 'chosen.json').read_bytes() == (RESULTS / 'chosen.json').read_bytes()
+    shutil.rmtree(tmp_path / 'select')
     write_chosen(tmp_path)
-    assert (tmp_path/'chosen.json').read_bytes() == (RESULTS/'chosen.json').read_bytes()
+    assert (tmp_path / 'chosen.json').read_bytes() == (RESULTS / 'chosen.json').read_bytes()
 
 
 def test_recipe_is_added_when_it_is_known(tmp_path):
-    shutil.copytree(RESULTS/'select', tmp_path/'select')
+    shutil.copytree(RESULTS / 'select', tmp_path / 'select')
     first = write_chosen(tmp_path)
     assert first['cifar10']['best'] is None and first['cifar10']['taken'] is None
     assert cells('best', IDS, tmp_path) == [] and len(cells('recipes', IDS, tmp_path)) == 28
-    shutil.copytree(RESULTS/'recipes', tmp_path/'recipes')
+    shutil.copytree(RESULTS / 'recipes', tmp_path / 'recipes')
     assert write_chosen(tmp_path) == chosen(RESULTS)
 
 
@@ -100,7 +104,7 @@ def test_recipe_is_added_when_it_is_known(tmp_path):
 @pytest.mark.parametrize('name', [o for o in experiments if o != 'select'])
 def test_every_file_is_a_cell_and_every_cell_a_file(name):
     paths = {result_path(c, RESULTS) for c in cells(name, IDS, RESULTS)}
-    assert paths == set((RESULTS/name).glob('*.json'))
+    assert paths == set((RESULTS / name).glob('*.json'))
     for path in paths:
         config = json.loads(path.read_text())['config']
         assert result_path(config, RESULTS) == path
@@ -109,7 +113,7 @@ def test_every_file_is_a_cell_and_every_cell_a_file(name):
 
 def test_trials_beside_the_search_are_those_of_the_first_rule():
     used = {name for o in chosen(RESULTS).values() for name in o['trials']}
-    there = {f.name for f in (RESULTS/'select').glob('*.json')}
+    there = {f.name for f in (RESULTS / 'select').glob('*.json')}
     assert used <= there and len(there - used) == 48
     first_rule = set()
 
@@ -118,19 +122,27 @@ def test_trials_beside_the_search_are_those_of_the_first_rule():
         first_rule.add(path.name)
         return done_in(RESULTS)(config)
 
-    for id in IDS: search(id, done, floored=protocol['search']['space'])
+    for id in IDS:
+        search(id, done, floored=protocol['search']['space'])
     assert first_rule <= there and first_rule - used <= there - used
 
 
-COUNTS = [('starts',4,5), ('select',60,59), ('grid',50,50), ('hard',5,5), ('second',4,4),
-          ('recipes',14,14), ('best',6,6)]
+COUNTS = [
+    ('starts', 4, 5),
+    ('select', 60, 59),
+    ('grid', 50, 50),
+    ('hard', 5, 5),
+    ('second', 4, 4),
+    ('recipes', 14, 14),
+    ('best', 6, 6),
+]
 
 
 def test_listing_counts():
     lines = [line.split() for line in listing(IDS, RESULTS).splitlines()]
-    want = [(name,id,str(n)) for name,*both in COUNTS for id,n in zip(IDS, both)]
+    want = [(name, id, str(n)) for name, *both in COUNTS for id, n in zip(IDS, both)]
     assert [tuple(line[:3]) for line in lines] == want
-    assert all(line[4:] == (['over'] if line[0] == 'select' else ['0','missing']) for line in lines)
+    assert all(line[4:] == (['over'] if line[0] == 'select' else ['0', 'missing']) for line in lines)
 
 
 def test_command_lists(tmp_path):
@@ -141,10 +153,12 @@ def test_command_lists(tmp_path):
 
 def pretend_cell(config, out, redo):
     "A result as if `aux` were a little better and five steps on all outliers cost accuracy"
-    acc = .9 - .1*(config['method'] == 'aoe_pgd')
-    auroc = .8 + .01*(config['bn'] == 'aux')
-    rows = [dict(score='energy', attack=a, eps_255=e, AUROC=auroc + (e > 0)*('pgd' in config['method'])*.1)
-            for a,e in (('none',0), ('pgd20',1))]
+    acc = 0.9 - 0.1 * (config['method'] == 'aoe_pgd')
+    auroc = 0.8 + 0.01 * (config['bn'] == 'aux')
+    rows = [
+        dict(score='energy', attack=a, eps_255=e, AUROC=auroc + (e > 0) * ('pgd' in config['method']) * 0.1)
+        for a, e in (('none', 0), ('pgd20', 1))
+    ]
     path = result_path(config, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(config=config, id_acc=acc, ood=rows, seconds=60)))
@@ -162,17 +176,18 @@ def test_command_goes_from_search_to_grid(tmp_path, monkeypatch, capsys):
     grid.run_missing('best', ['cifar10'], out=tmp_path)
     assert 'the recipes for cifar10 are not all measured' in capsys.readouterr().out
     grid.run_missing('recipes', ['cifar10'], out=tmp_path)
-    assert chosen(tmp_path)['cifar10']['taken'] == ('aoe_pgd_half',8)
-    for half in (0,2), (1,2): grid.run_missing('second', ['cifar10'], out=tmp_path, part=half)
-    assert len(list((tmp_path/'second').glob('*.json'))) == 4 and len(cells('best', ['cifar10'], tmp_path)) == 6
+    assert chosen(tmp_path)['cifar10']['taken'] == ('aoe_pgd_half', 8)
+    for half in (0, 2), (1, 2):
+        grid.run_missing('second', ['cifar10'], out=tmp_path, part=half)
+    assert len(list((tmp_path / 'second').glob('*.json'))) == 4 and len(cells('best', ['cifar10'], tmp_path)) == 6
     line = next(o for o in listing(['cifar10'], tmp_path).splitlines() if o.startswith('grid'))
-    assert line.split() == ['grid','cifar10','0','done','50','missing']
+    assert line.split() == ['grid', 'cifar10', '0', 'done', '50', 'missing']
 
 
 def test_grid_of_another_network_needs_its_starts():
     some = cells('grid', ['cifar10'], RESULTS, 'wrn40_2')
     assert len(some) == 50 and {c['start_sha'] for c in some} == {''}
-    assert {c['start'] for c in some} == {'s0','s1','s2','s3','s4'} and {c['lr'] for c in some} == {1e-3}
+    assert {c['start'] for c in some} == {'s0', 's1', 's2', 's3', 's4'} and {c['lr'] for c in some} == {1e-3}
 
 
 # What is measured: the fields of a row, in their order
@@ -184,113 +199,123 @@ def test_rows_have_the_fields_they_had():
     from aoe_nb.models import small_cnn
     from aoe_nb.study.measure import attacked_rows, clean_rows
     from aoe_nb.study.train import logits_of
-    old = json.loads(next((RESULTS/'grid').glob('aoe-cifar10-s0-*.json')).read_text())['ood']
+
+    old = json.loads(next((RESULTS / 'grid').glob('aoe-cifar10-s0-*.json')).read_text())['ood']
     torch.manual_seed(0)
     test = inliers('digits7', 'test')
-    sets = unseen(['digits389','flower'], id='digits7')
+    sets = unseen(['digits389', 'flower'], id='digits7')
     learn = Learner(inliers('digits7').dls(64, valid=test), small_cnn(1, 7))
-    rows = clean_rows(logits_of(learn.model, test), {k: (o.group, logits_of(learn.model, o)) for k,o in sets.items()})
-    assert [(o['set'],o['score']) for o in rows] == [(k,s) for s in ('energy','msp') for k in sets]
-    plan = next(o for o in attack_plans.itertuples() if (o.attack,o.eps_255) == ('fgsm',.5))
+    rows = clean_rows(logits_of(learn.model, test), {k: (o.group, logits_of(learn.model, o)) for k, o in sets.items()})
+    assert [(o['set'], o['score']) for o in rows] == [(k, s) for s in ('energy', 'msp') for k in sets]
+    plan = next(o for o in attack_plans.itertuples() if (o.attack, o.eps_255) == ('fgsm', 0.5))
     more = attacked_rows(learn, test, sets, plan._replace(n_in=50, n_out=40))
-    assert [o['attacked'] for o in more] == ['ood','ood','id','id','both','both']
-    assert {(o['attack'],o['eps_255'],o['n_in'],o['n_out']) for o in more} == {('fgsm',.5,50,40)}
-    for o in rows + more: assert list(o) == list(old[0])
+    assert [o['attacked'] for o in more] == ['ood', 'ood', 'id', 'id', 'both', 'both']
+    assert {(o['attack'], o['eps_255'], o['n_in'], o['n_out']) for o in more} == {('fgsm', 0.5, 50, 40)}
+    for o in rows + more:
+        assert list(o) == list(old[0])
     json.dumps(rows + more)
-    one = attacked_rows(learn, test, sets, plan._replace(eps_255=1., sides='ood', n_in=50, n_out=40))
+    one = attacked_rows(learn, test, sets, plan._replace(eps_255=1.0, sides='ood', n_in=50, n_out=40))
     assert repr(one[0]['eps_255']) == '1'
 
 
 def test_attack_plans_are_those_of_the_files():
-    for plan,name in (('all','grid'), ('hard','hard')):
-        file = next((RESULTS/name).glob('aoe-cifar10-s0-*.json'))
+    for plan, name in (('all', 'grid'), ('hard', 'hard')):
+        file = next((RESULTS / name).glob('aoe-cifar10-s0-*.json'))
         rows = [o for o in json.loads(file.read_text())['ood'] if o['attack'] != 'none']
-        said = [(o['attack'],o['eps_255'],o['attacked'],o['n_in'],o['n_out']) for o in rows[::4]]
+        said = [(o['attack'], o['eps_255'], o['attacked'], o['n_in'], o['n_out']) for o in rows[::4]]
         asked = attack_plans[attack_plans.plan == plan].itertuples()
-        assert said == [(o.attack,o.eps_255,s,o.n_in,o.n_out) for o in asked for s in o.sides.split()]
+        assert said == [(o.attack, o.eps_255, s, o.n_in, o.n_out) for o in asked for s in o.sides.split()]
 
 
 # Verdicts, on grids as they would be
 
 
 def row(attack, attacked, eps, auroc):
-    numbers = dict(AUROC=auroc, AUPR_OUT=auroc, AUPR_IN=auroc, FPR95=1-auroc, FPR95_ID=1-auroc)
+    numbers = dict(AUROC=auroc, AUPR_OUT=auroc, AUPR_IN=auroc, FPR95=1 - auroc, FPR95_ID=1 - auroc)
     about = dict(score='energy', attack=attack, attacked=attacked, eps_255=eps, n_in=10, n_out=10)
-    return [dict(set=name, group=group, **about, **numbers) for name,group in (('x','near'),('y','far'))]
+    return [dict(set=name, group=group, **about, **numbers) for name, group in (('x', 'near'), ('y', 'far'))]
 
 
 def a_run(method, start, ood, seed=0):
-    return dict(method=method, start=start, seed=seed, id_acc=.9, calibration=dict(ECE=.01, NLL=.3), ood=ood)
+    return dict(method=method, start=start, seed=seed, id_acc=0.9, calibration=dict(ECE=0.01, NLL=0.3), ood=ood)
 
 
-def as_if(shift, hard=.1, id='cifar10', n=5, seeds=2):
+def as_if(shift, hard=0.1, id='cifar10', n=5, seeds=2):
     "AOE `shift` better than OE and noise everywhere, and PGD-50 as much below Square as `hard` says"
-    where = [('none','none',0), *[('fgsm','ood',e) for e in (.5,1,2,4,8,16)], ('pgd20','ood',1), ('pgd20','ood',2)]
+    where = [
+        ('none', 'none', 0),
+        *[('fgsm', 'ood', e) for e in (0.5, 1, 2, 4, 8, 16)],
+        ('pgd20', 'ood', 1),
+        ('pgd20', 'ood', 2),
+    ]
     grid = []
-    for k,start in enumerate(starts[id][:n]):
-        level = {m: .8 + .01*k + (m == 'aoe')*(shift + .0005*(k*7 % 3)) for m in ('plain', *exposures)}
+    for k, start in enumerate(starts[id][:n]):
+        level = {m: 0.8 + 0.01 * k + (m == 'aoe') * (shift + 0.0005 * (k * 7 % 3)) for m in ('plain', *exposures)}
         for seed in range(seeds):
             grid += [a_run(m, start, sum([row(*o, level[m]) for o in where], []), seed) for m in level]
-    attacked = [row(a, 'ood', e, .5 - (a == 'pgd50x5')*hard) for a in ('fgsm','square1000','pgd50x5') for e in (1,2)]
-    return {(id,'grid'): grid, (id,'hard'): [a_run(m, 's', sum(attacked, [])) for m in ('oe','aoe')]}
+    attacked = [
+        row(a, 'ood', e, 0.5 - (a == 'pgd50x5') * hard) for a in ('fgsm', 'square1000', 'pgd50x5') for e in (1, 2)
+    ]
+    return {(id, 'grid'): grid, (id, 'hard'): [a_run(m, 's', sum(attacked, [])) for m in ('oe', 'aoe')]}
 
 
-def both(shift, **kw): return claims(runs=as_if(shift, **kw) | as_if(shift, id='cifar100', **kw))
+def both(shift, **kw):
+    return claims(runs=as_if(shift, **kw) | as_if(shift, id='cifar100', **kw))
 
 
-@pytest.mark.parametrize('shift,want', [(.02,'holds'), (-.02,'fails')])
+@pytest.mark.parametrize('shift,want', [(0.02, 'holds'), (-0.02, 'fails')])
 def test_verdicts_follow_the_difference(shift, want):
-    assert both(shift).verdict[['P1','P2','P3','P4']].tolist() == [want,want,want,'holds']
+    assert both(shift).verdict[['P1', 'P2', 'P3', 'P4']].tolist() == [want, want, want, 'holds']
 
 
-@pytest.mark.parametrize('a,b,want', [(.02,0.,'undecided'), (.02,-.02,'fails'), (0.,0.,'undecided')])
+@pytest.mark.parametrize('a,b,want', [(0.02, 0.0, 'undecided'), (0.02, -0.02, 'fails'), (0.0, 0.0, 'undecided')])
 def test_verdict_over_both_sets_of_inliers(a, b, want):
-    assert claims(runs=as_if(a) | as_if(b, id='cifar100')).loc['P1','verdict'] == want
+    assert claims(runs=as_if(a) | as_if(b, id='cifar100')).loc['P1', 'verdict'] == want
 
 
 def test_numbers_in_words():
-    some = as_if(.02)['cifar10','grid']
-    sign = gains(some, ['oe_sign']).loc[('oe_sign','mean natural','AUROC')]
-    close(sign[['diff','lo']].astype(float), [.0204,.01988], 1e-5)
-    gain = gains(some, ['oe']).loc[('oe','mean natural','AUROC')]
+    some = as_if(0.02)['cifar10', 'grid']
+    sign = gains(some, ['oe_sign']).loc[('oe_sign', 'mean natural', 'AUROC')]
+    close(sign[['diff', 'lo']].astype(float), [0.0204, 0.01988], 1e-5)
+    gain = gains(some, ['oe']).loc[('oe', 'mean natural', 'AUROC')]
     assert in_words(gain) == '+2.04 [+1.99, +2.09], n = 5, detectable 0.07'
-    alone = gains(as_if(.02, n=1)['cifar10','grid'], ['oe']).loc[('oe','mean natural','AUROC')]
+    alone = gains(as_if(0.02, n=1)['cifar10', 'grid'], ['oe']).loc[('oe', 'mean natural', 'AUROC')]
     assert 'no interval' in in_words(alone)
-    close(method_table(some).loc[['oe','aoe'],'mean near'], [82., 84.04], 1e-6)
+    close(method_table(some).loc[['oe', 'aoe'], 'mean near'], [82.0, 84.04], 1e-6)
     assert not len(gains([]))
 
 
 def test_before_all_is_measured():
-    found = claims(runs=as_if(.02) | as_if(.02, id='cifar100', n=4))
+    found = claims(runs=as_if(0.02) | as_if(0.02, id='cifar100', n=4))
     on_each = ['holds: AUROC +2.04 [+1.99, +2.09], FPR95_ID -2.04 [-2.09, -1.99]', '4 of 5 starts so far']
-    assert found.loc['P1',['CIFAR-10','CIFAR-100']].tolist() == on_each
+    assert found.loc['P1', ['CIFAR-10', 'CIFAR-100']].tolist() == on_each
     p4 = 'holds: accuracy +0.00 [+0.00, +0.00], minus plain +0.00 [+0.00, +0.00]'
-    assert found.loc['P4','CIFAR-10'] == p4
+    assert found.loc['P4', 'CIFAR-10'] == p4
     assert claim_line('P4', found) == f'**none yet**. CIFAR-10 {p4}. CIFAR-100 4 of 5 starts so far'
-    assert both(.02, n=4).verdict.P1 == 'none yet'
-    assert '4 of 5 starts' in both(.02, n=4)['CIFAR-10'].P1
-    one_seed = both(.02, seeds=1)
+    assert both(0.02, n=4).verdict.P1 == 'none yet'
+    assert '4 of 5 starts' in both(0.02, n=4)['CIFAR-10'].P1
+    one_seed = both(0.02, seeds=1)
     assert 'some runs are missing' in one_seed['CIFAR-10'].P1 and one_seed.verdict.P3 == 'holds'
 
 
 def test_nothing_measured(tmp_path):
     found = claims(tmp_path)
-    assert set(found['CIFAR-10'][['P1','P2','P3','P4']]) == {'not measured yet'}
-    assert set(found.verdict[['P1','P2','P3','P4']]) == {'none yet'}
+    assert set(found['CIFAR-10'][['P1', 'P2', 'P3', 'P4']]) == {'not measured yet'}
+    assert set(found.verdict[['P1', 'P2', 'P3', 'P4']]) == {'none yet'}
 
 
 def test_masked_gradients_leave_a_claim_undecided():
-    found = both(.02, hard=-.1)
+    found = both(0.02, hard=-0.1)
     assert 'masked' in found['CIFAR-10'].P3 and found.verdict.P3 == 'undecided'
-    no_hard = {k: [] if k[1] == 'hard' else o for k,o in (as_if(.02) | as_if(.02, id='cifar100')).items()}
+    no_hard = {k: [] if k[1] == 'hard' else o for k, o in (as_if(0.02) | as_if(0.02, id='cifar100')).items()}
     assert claims(runs=no_hard).verdict.P3 == 'none yet'
 
 
 def test_starts_are_the_same_for_all():
-    some = as_if(.02)['cifar10','grid']
+    some = as_if(0.02)['cifar10', 'grid']
     lopsided = [r for r in some if r['start'] != 'published' or r['method'] != 'oe' or not r['seed']]
-    assert (len(lopsided), len(complete(lopsided)), len(complete(some))) == (len(some)-1, len(some)-5, len(some))
-    a,b = (gains(o, ['oe'])['diff'].astype(float).values for o in (complete(lopsided), some))
+    assert (len(lopsided), len(complete(lopsided)), len(complete(some))) == (len(some) - 1, len(some) - 5, len(some))
+    a, b = (gains(o, ['oe'])['diff'].astype(float).values for o in (complete(lopsided), some))
     close(a, b, 1e-9)
 
 
@@ -298,41 +323,44 @@ def test_margin_and_side_are_data(monkeypatch):
     "What a claim wants is read from the table: turn a side round, and the verdict turns"
     turned = wanted.assign(side=wanted.side.map(dict(above='below', below='above')).fillna(''))
     monkeypatch.setattr(study_claims, 'wanted', turned)
-    assert both(.02).verdict[['P1','P2','P3']].tolist() == ['fails']*3
-    strict = wanted.assign(margin=np.where(wanted.claim == 'P1', -.1, wanted.margin))
+    assert both(0.02).verdict[['P1', 'P2', 'P3']].tolist() == ['fails'] * 3
+    strict = wanted.assign(margin=np.where(wanted.claim == 'P1', -0.1, wanted.margin))
     monkeypatch.setattr(study_claims, 'wanted', strict)
-    assert both(.02).verdict[['P1','P2']].tolist() == ['fails','holds']
+    assert both(0.02).verdict[['P1', 'P2']].tolist() == ['fails', 'holds']
 
 
 def test_holds_names_the_sentence(capsys):
     holds('AOE above OE', np.bool_(True))
     assert capsys.readouterr().out == 'holds: AOE above OE\n'
-    with pytest.raises(AssertionError, match='AOE above noise'): holds('AOE above noise', False)
+    with pytest.raises(AssertionError, match='AOE above noise'):
+        holds('AOE above noise', False)
 
 
 def test_pages_of_claims_exist():
     pages = [o for o in claim_texts.page if o]
-    assert len(pages) == 7 and all((ROOT/'nbs'/o).exists() for o in pages)
+    assert len(pages) == 7 and all((ROOT / 'nbs' / o).exists() for o in pages)
 
 
 # Old names
 
 
-@pytest.mark.parametrize('name', ['poster','experiment'])
+@pytest.mark.parametrize('name', ['poster', 'experiment'])
 def test_old_modules_say_where_the_names_went(name):
     with pytest.warns(DeprecationWarning, match=f'aoe_nb.{name} will go'):
         module = importlib.reload(importlib.import_module(f'aoe_nb.{name}'))
-    for o in module.__all__: assert hasattr(module, o)
+    for o in module.__all__:
+        assert hasattr(module, o)
 
 
 def test_old_run_takes_any_config():
     with pytest.warns(DeprecationWarning):
         module = importlib.reload(importlib.import_module('aoe_nb.experiment'))
     for name in experiments[2:]:
-        result = json.loads(next((RESULTS/name).glob('*.json')).read_text())
+        result = json.loads(next((RESULTS / name).glob('*.json')).read_text())
         assert module.run(result['config'], RESULTS) == result
-    demo = json.loads(next((RESULTS/'demo').glob('*.json')).read_text())
+    demo = json.loads(next((RESULTS / 'demo').glob('*.json')).read_text())
     assert module.run(demo['config'], RESULTS) == demo
-    with pytest.raises(ValueError, match='choose from demo, starts'): module.run(dict(experiment='digits'))
+    with pytest.raises(ValueError, match='choose from demo, starts'):
+        module.run(dict(experiment='digits'))
     assert config_hash(demo['config']) in result_path(demo['config']).name
-    assert isinstance(module.read_results(RESULTS/'demo'), pd.DataFrame)
+    assert isinstance(module.read_results(RESULTS / 'demo'), pd.DataFrame)

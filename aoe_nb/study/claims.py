@@ -42,11 +42,11 @@ def complete(
     for r in runs: there.setdefault((r['start'],r['seed']), set()).add(r['method'])
     return [r for r in runs if {'plain', *exposures} <= there[r['start'],r['seed']]]
 
-# %% ../../nbs/study/05_claims.ipynb #5115a4aa
+# %% ../../nbs/study/05_claims.ipynb #51159d76
 def _inlier_numbers(runs):
     "Accuracy and calibration, as means over runs"
-    numbers = pd.DataFrame([dict(accuracy=r['id_acc']) | r['calibration'] for r in runs])
-    return numbers.mean().to_dict()
+    numbers = [dict(accuracy=r['id_acc']) | r['calibration'] for r in runs]
+    return {k: np.mean([o[k] for o in numbers]) for k in numbers[0]}
 
 def start_reports(
     runs, # from `runs_of`
