@@ -85,7 +85,10 @@ class OutlierExposure(Callback):
 @patch
 @delegates(OutlierExposure.__init__)
 def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
-    "Train on outliers too from now on, by `OutlierExposure` in place of any before it; returns the learner"
+    """Train on outliers too from now on, by `OutlierExposure` in place of any before it; returns the learner
+
+    With few images, start from a trained body or a linear head: see `tutorials/safe_recipe`.
+    """
     outliers = given(outliers, self, train=True, name='the outliers')
     cb = OutlierExposure(outliers, lam, attack, **kwargs)
     cb.stream.check(getattr(self.dls, 'vocab', None))
