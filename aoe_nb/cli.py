@@ -106,8 +106,7 @@ def aoe_demo(
     bn:str='inliers', # How outliers pass BatchNorm: mixed, inliers, separate, aux or frozen
     redo:bool=False, # Train again even if results are there
 ):
-    """Train a small network four ways (plain, OE, OE with noise, AOE) on real 8x8 images,
-    and compare how well it knows outliers"""
+    "Train a small network four ways (plain, OE, OE with noise, AOE) on real 8x8 images, and see which knows outliers"
     if seeds < 1 or epochs < 1: raise ValueError('seeds and epochs must be at least 1')
     _within('lam', lam, 0, 1_000_000)
     _within('eps', eps, 0, 255, " (1/255 of a pixel's range)")
@@ -141,9 +140,11 @@ def aoe_run(
     part:str='1/1', # 1/2 and 2/2: halves for two machines
     list:bool=False, # Show what is done and what is missing, and run nothing
 ):
-    """Run an experiment's missing cells; stop it and start it again as you like. Experiments: starts, select, grid,
-    hard (Square and PGD-50 on one start), second (another generator, on one start), recipes (other steps, on the
-    images of the search), best (the best of those, on five starts, on one also under the hard attacks)"""
+    """Run an experiment's missing cells; stop it and start it again as you like.
+
+    Experiments: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start),
+    recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
+    the hard attacks)"""
     from aoe_nb.study.protocol import experiments, starts
     if name and not list: _known(name, experiments, 'experiment')
     ids = ids.split(',')
