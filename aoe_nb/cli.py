@@ -81,10 +81,10 @@ def _within(name, value, lo, hi, unit=''):
     "Refuse a number outside of its range"
     if not lo <= value <= hi: raise ValueError(f'{name} must lie in [{lo}, {hi}]{unit}, not {value:g}')
 
-def _known_inliers(id):
-    "Refuse what is neither the name of inliers nor a folder of them"
-    if id in _inliers: return
-    if not Path(id).is_dir(): _known(id, _inliers, 'set of inliers (or no folder)')
+def _known_inliers(id, names=_inliers):
+    "Refuse what is neither one of `names` nor a folder of inliers"
+    if id in names: return
+    if not Path(id).is_dir(): _known(id, names, 'set of inliers (or no folder)')
     lack = [o for o in ('train','test') if not (Path(id)/o).is_dir()]
     if lack: raise ValueError(f'{id} has no folder {lack[0]}: images belong into {lack[0]}/CLASS/')
 
@@ -183,7 +183,7 @@ def aoe_generate( # noqa: PLR0913
     yes:bool=False, # Train without asking; only a terminal is asked
 ):
     "Sample outliers from a generator trained on the inliers; run again, a training that was killed goes on"
-    _known_inliers(data)
+    _known_inliers(data, ['cifar10','cifar100']) # generators paint 32x32
     _known(preset, _presets, 'preset')
     if n < 1: raise ValueError(f'n must be at least 1, not {n}')
     if not 0 < sigma < float('inf'):
