@@ -9,7 +9,7 @@ __all__ = ['cues', 'duplicates', 'blockiness', 'border', 'cue_auroc', 'normalisa
 import re, imagehash, numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import Tensor
-from .data import Images
+from .data import Images, outliers
 from .loaders import Pixels
 from .metrics import ood_metrics
 from tqdm import tqdm
@@ -187,18 +187,25 @@ def _check_cues(o, known, n):
     return [_row('trivial cue', o.name, known.name, f'{best} alone: AUROC {aurocs[best]:.2f}', verdict)]
 
 # %% ../nbs/12_audit.ipynb #75cd4023
+def _population(name, o):
+    "`o` in any form as `Images`, with `name` where it has none of its own"
+    if isinstance(o, Images): return o
+    res = outliers(o)
+    res.name = str(name)
+    return res
+
 def audit(
-    known:dict, # {'train': Images, 'test': Images}: the inliers
-    exposed:Images=None, # outliers of training
-    sets:dict=None, # {name: Images}: unseen outliers
+    known:dict, # {'train': images, 'test': images}: the inliers, in any form
+    exposed=None, # outliers of training, in any form
+    sets:dict=None, # {name: images in any form}: unseen outliers
     learn=None, # to look at its normalisation
     n:int=2000, # images of a population that cues are measured on
     near:bool=True, # look for near copies too
 )->pd.DataFrame: # check, of, against, found, verdict: 'fault', 'warning' or 'ok'
     "What would falsify an experiment with these populations"
-    ins = list(known.values())
-    seen = [] if exposed is None else [exposed]
-    new = list((sets or {}).values())
+    ins = [_population(*o) for o in known.items()]
+    seen = [] if exposed is None else [_population('exposed', exposed)]
+    new = [_population(*o) for o in (sets or {}).items()]
     pairs = [(o,k) for o in new+seen for k in ins]
     pairs += [(e,o) for e in seen for o in new] # nothing that was exposed may count as unseen
     rows,hashes = [],{}

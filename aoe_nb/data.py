@@ -75,8 +75,8 @@ def _by_class(folder):
     if None in names: raise ValueError(f'{paths[names.index(None)]} lies in no class folder: {where}')
     below = {path.relative_to(folder).parts[1] for path in paths if len(path.relative_to(folder).parts) > 2}
     if len(set(names)) == 1 and len(below) > 1:
-        inside = ', '.join(sorted(below)[:3])
-        raise ValueError(f'{folder} has one class, {names[0]}, with folders in it ({inside}): {where}')
+        inner = ', '.join(sorted(below)[:3])
+        raise ValueError(f'{folder} has one class, {names[0]}, with folders in it ({inner}): {where}')
     return paths,names
 
 def _of_folder(folder, split, size):

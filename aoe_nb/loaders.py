@@ -363,7 +363,7 @@ class _Repeated(TfmdDL):
         return [i for _ in range(rounds) for i in self.shuffle_fn(list(range(self.n)))]
 
 def _through(dls, items, train):
-    "A loader of `items` through the learner's own transforms, for training those of single images; None if it has none"
+    "A loader of `items` through the learner's own transforms of single images; None if it has none"
     dl = dls.train if train else dls.valid
     ds = _item_pipeline(dl.dataset, items, 0 if train else 1)
     if ds is None: return None
@@ -381,8 +381,8 @@ def _files(source):
         path = Path(source)
         if path.is_dir(): return image_files(path)
         return [path] if path.is_file() and is_image(path) else None
-    if not isinstance(source, (list,tuple)) or not source: return None
-    if not isinstance(source[0], (*_file,Image.Image)): return None
+    listed = isinstance(source, (list,tuple)) and len(source) > 0
+    if not listed or not isinstance(source[0], (*_file,Image.Image)): return None
     res = []
     for o in source:
         if isinstance(o, _file) and not Path(o).exists():
@@ -409,7 +409,7 @@ def _folders(source, files):
     return within | {top.name if top.is_dir() else top.parent.name}
 
 # %% ../nbs/14_loaders.ipynb #14a00042
-def opened( # noqa: PLR0913
+def opened(
     source, # whatever holds images, or makes them
     learn=None, # whose transforms of single images files go through, if it has any
     train=False, # to train on: with the transforms of training, and without an end where it is a function of n
@@ -527,7 +527,7 @@ def shape_of(
 
 def _one(dl):
     "A batch of one, from a loader of fastai's or PyTorch's"
-    if isinstance(dl, DataLoader): # a copy: `new` leaves its mark, and random transforms would go on differently
+    if isinstance(dl, DataLoader): # a copy, for `new` leaves a mark by which random transforms go on differently
         return copy(dl).new(bs=1, num_workers=0, shuffle=False, drop_last=False).one_batch()
     return dl.collate_fn([dl.dataset[0]])
 

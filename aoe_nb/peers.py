@@ -94,7 +94,7 @@ def _passed(learn, source, look, bs):
     res = []
     labels = []
     with eval_mode(learn.model), torch.no_grad():
-        for x,y in labelled_batches(source, bs):
+        for x,y in labelled_batches(source, bs, learn):
             res.append(seen(x))
             labels.append(y)
     return torch.cat(res),torch.cat(labels).to(device)

@@ -6,18 +6,18 @@
 __all__ = ['given', 'OutlierStream', 'labelled_batches', 'pixel_batches']
 
 # %% ../nbs/03_stream.ipynb #b3b2d146
-import random, numpy as np, torch
+import random, warnings, numpy as np, torch
 from collections.abc import Iterator
 from torch import Tensor
 from fasttransform import Pipeline
 from .data import Images, named
-from .loaders import Pixels, Rows, as_pixels, batch_of, batches_of, fitted, image_batch
-from .loaders import learner_shape, opened, pair
+from .loaders import Pixels, Rows, as_pixels, batch_of, batches_of
+from .loaders import fitted, image_batch, learner_shape, opened, pair
 from fastai.torch_core import TensorImage, no_random
 from fastcore.all import patch
 
 # %% ../nbs/03_stream.ipynb #98df31e4
-def given( # noqa: PLR0913
+def given(
     source, # a name, a path, or images in any form
     learn=None, # whose transforms of single images files go through, if it has any
     train=False, # to train on: a function of n has no end
@@ -171,6 +171,8 @@ def check_fit(self:OutlierStream, learn):
     if isinstance(self.source, Tensor) and self.source.is_floating_point(): as_pixels(self.source) # all of them
     state = self.state_dict()
     x = self.draw(1)
+    if callable(self.source) and torch.equal(x, self.draw(1)):
+        warnings.warn('the function gives the same outliers at every draw: let it make new ones', stacklevel=3)
     if isinstance(self.source, Iterator): self.left = torch.cat([x, self.left]) # it cannot be rewound
     else: self.load_state_dict(state)
     shape = learner_shape(learn, train=True)

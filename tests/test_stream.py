@@ -34,9 +34,10 @@ from fastcore.test import test_close as close, test_eq as eq, test_fail as fails
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import aoe_nb.evaluation  # noqa: F401 (what Learner gains)
-import aoe_nb.exposure  # noqa: F401
+import aoe_nb.evaluation  # noqa: F401
+import aoe_nb.exposure  # noqa: F401 (what Learner gains)
 from aoe_nb.attack import FGSM, PGD
+from aoe_nb.audit import audit
 from aoe_nb.data import Images, inliers, outliers
 from aoe_nb.generate import Generator, Mixed, PCAGaussian
 from aoe_nb.models import small_cnn
@@ -350,7 +351,7 @@ def photos(tmp_path_factory):
 
 def pipeline(photos, **kw):
     kw = dict(item_tfms=Resize(8), batch_tfms=Normalize.from_stats([0.4] * 3, [0.3] * 3)) | kw
-    dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', bs=4, num_workers=0, **kw)
+    dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', bs=4, **dict(num_workers=0) | kw)
     torch.manual_seed(0)
     return Learner(dls, small_cnn(3, 2), loss_func=CrossEntropyLossFlat())
 
@@ -486,3 +487,24 @@ def test_grey_images_are_attacked_in_three_channels(data, attack, tmp_path):
 
 def test_bytes_of_a_file(learn, files):
     eq(learn.ood_scores([dict(image=io.BytesIO(png(files[0])).getvalue())]).shape, (1,))
+
+
+def test_a_function_that_repeats_itself_is_noticed(learn):
+    with pytest.warns(UserWarning, match='the same outliers at every draw'):
+        learn.expose(lambda n: X[:n])
+    learn.unexpose()
+
+
+def test_the_audit_takes_every_form(files):
+    known = dict(train=train, test=list(test.x[:50]))
+    table = audit(known, exposed=files, sets=dict(leak=train.x[:3] / 255, folder=files[0].parent), near=False)
+    faults = table[(table.check == 'duplicates') & (table.verdict == 'fault')]
+    assert set(faults.of) == {'leak', 'exposed'}  # training images, and the folder's in the files
+
+
+def test_files_come_from_several_processes(photos):
+    learn = pipeline(photos, item_tfms=RandomResizedCrop(8), num_workers=2)
+    stream = learn.expose(photos / 'other').outlier_exposure.stream
+    x = stream.draw(30)
+    stream.rewind()
+    eq(stream.draw(30), x)
