@@ -81,10 +81,10 @@ def _within(name, value, lo, hi, unit=''):
     "Refuse a number outside of its range"
     if not lo <= value <= hi: raise ValueError(f'{name} must lie in [{lo}, {hi}]{unit}, not {value:g}')
 
-def _known_inliers(id):
-    "Refuse what is neither the name of inliers nor a folder of them"
-    if id in _inliers: return
-    if not Path(id).is_dir(): _known(id, _inliers, 'set of inliers (or no folder)')
+def _known_inliers(id, names=_inliers):
+    "Refuse what is neither one of `names` nor a folder of inliers"
+    if id in names: return
+    if not Path(id).is_dir(): _known(id, names, 'set of inliers (or no folder)')
     lack = [o for o in ('train','test') if not (Path(id)/o).is_dir()]
     if lack: raise ValueError(f'{id} has no folder {lack[0]}: images belong into {lack[0]}/CLASS/')
 
@@ -106,8 +106,7 @@ def aoe_demo(
     bn:str='inliers', # How outliers pass BatchNorm: mixed, inliers, separate, aux or frozen
     redo:bool=False, # Train again even if results are there
 ):
-    """Train a small network four ways (plain, OE, OE with noise, AOE) on real 8x8 images,
-    and compare how well it knows outliers"""
+    "Train a small network four ways (plain, OE, OE with noise, AOE) on real 8x8 images, and see which knows outliers"
     if seeds < 1 or epochs < 1: raise ValueError('seeds and epochs must be at least 1')
     _within('lam', lam, 0, 1_000_000)
     _within('eps', eps, 0, 255, " (1/255 of a pixel's range)")
@@ -141,9 +140,11 @@ def aoe_run(
     part:str='1/1', # 1/2 and 2/2: halves for two machines
     list:bool=False, # Show what is done and what is missing, and run nothing
 ):
-    """Run an experiment's missing cells; stop it and start it again as you like. Experiments: starts, select, grid,
-    hard (Square and PGD-50 on one start), second (another generator, on one start), recipes (other steps, on the
-    images of the search), best (the best of those, on five starts, on one also under the hard attacks)"""
+    """Run an experiment's missing cells; stop it and start it again as you like.
+
+    Experiments: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start),
+    recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
+    the hard attacks)"""
     from aoe_nb.study.protocol import experiments, starts
     if name and not list: _known(name, experiments, 'experiment')
     ids = ids.split(',')
@@ -182,7 +183,7 @@ def aoe_generate( # noqa: PLR0913
     yes:bool=False, # Train without asking; only a terminal is asked
 ):
     "Sample outliers from a generator trained on the inliers; run again, a training that was killed goes on"
-    _known_inliers(data)
+    _known_inliers(data, ['cifar10','cifar100']) # generators paint 32x32
     _known(preset, _presets, 'preset')
     if n < 1: raise ValueError(f'n must be at least 1, not {n}')
     if not 0 < sigma < float('inf'):
