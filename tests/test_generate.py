@@ -1,9 +1,10 @@
 "The command that makes outliers: trains once, samples the same images again, and says what is wrong before it works."
 
-import json, numpy as np, pytest, subprocess, sys
+import json, numpy as np, pytest, subprocess, sys, torch
 from pathlib import Path
 from PIL import Image
 from aoe_nb.data import outliers
+from aoe_nb.generate import nearest
 
 COMMAND = str(Path(sys.executable).parent / 'aoe_generate')
 
@@ -62,3 +63,20 @@ REFUSED = [
 def test_refuses(home, args, why):
     r = generate(home, *args)
     assert r.returncode and why in r.stderr and 'Traceback' not in r.stderr
+
+
+@pytest.mark.parametrize('kind', ['noise', 'bright', 'features'])
+def test_the_nearest_is_exact(kind):
+    gen = torch.Generator().manual_seed(0)
+    known = torch.randint(256, (500, 3, 8, 8), generator=gen).byte()
+    if kind == 'bright':
+        known = (200 + torch.randint(2, (500, 3, 8, 8), generator=gen)).byte()
+    if kind == 'features':
+        known = 100 + 1e-3 * torch.randn(500, 64, generator=gen)
+    distance, index = nearest(known[:60], known, bs=7)
+    assert (distance == 0).all() and index.tolist() == list(range(60)), 'a copy is at distance 0'
+    others = known[60:].flatten(1).double()
+    gaps = [(o.double().flatten() - others).square().mean(1).sqrt() for o in known[:60]]
+    distance, index = nearest(known[:60], known[60:], bs=7)
+    for i, gap in enumerate(gaps):
+        assert gap[index[i]] <= gap.min() + 1e-9 and abs(distance[i] - gap.min()) < 1e-6
