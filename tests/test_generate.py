@@ -79,4 +79,4 @@ def test_the_nearest_is_exact(kind):
     gaps = [(o.double().flatten() - others).square().mean(1).sqrt() for o in known[:60]]
     distance, index = nearest(known[:60], known[60:], bs=7)
     for i, gap in enumerate(gaps):
-        assert gap[index[i]] <= gap.min() + 1e-9 and abs(distance[i] - gap.min()) < 1e-6
+        assert gap[index[i]] <= gap.min() + 1e-9 and distance[i].item() == pytest.approx(gap.min().item(), rel=1e-6)
