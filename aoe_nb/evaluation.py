@@ -339,7 +339,7 @@ def _doubts(df, n_classes):
 
 @patch
 def warn_of(self:Bench, df):
-    "Warn of what `_doubts` finds in a report"
+    "Warn of what in a report cannot be meant"
     for doubt in _doubts(df, getattr(self.learn.dls, 'c', None)): warnings.warn(doubt, stacklevel=4)
 
 # %% ../nbs/07_evaluation.ipynb #fcf0971c
