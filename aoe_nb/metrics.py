@@ -220,8 +220,9 @@ def report_means(
 )->pd.DataFrame: # the same, and below it 'mean near', 'mean far' and 'mean natural', where there is such a set
     "Add the means over sets of outliers to the rows of a report; noise stays out"
     means = {}
+    values = df[metric_names].to_numpy(float)
     for name,chosen in _averaged(df.group).items():
-        mean = df.loc[chosen, metric_names].to_numpy(float).mean(axis=0)
+        mean = values[chosen.to_numpy()].mean(axis=0)
         means[name] = dict(zip(metric_names, mean), group='mean')
     means = pd.DataFrame.from_dict(means, orient='index')
     return pd.concat([df, means]).rename_axis('set').astype(dict(n_in='Int64', n_out='Int64'))
@@ -269,12 +270,11 @@ def report_from_scores(
 # %% ../nbs/06_metrics.ipynb #74fcd735
 def _stacked(report):
     "A report as a series over (set, metric), the inliers' numbers among them"
-    res = report[metric_names].astype(float).stack()
+    names = [(name, metric) for name in report.index for metric in metric_names]
+    res = dict(zip(names, report[metric_names].to_numpy(float).ravel()))
     inliers = report.attrs.get('id')
-    if inliers:
-        extra = {('inliers', k): inliers[k] for k in ('accuracy','ECE','NLL')}
-        res = pd.concat([res, pd.Series(extra)])
-    return res.rename_axis(['set','metric'])
+    if inliers: res |= {('inliers', k): inliers[k] for k in ('accuracy','ECE','NLL')}
+    return pd.Series(res).rename_axis(['set','metric'])
 
 def _paired(a, b):
     "Both lists of reports as tables, one column a run, or an error if they are not pairs"
