@@ -98,10 +98,11 @@ def inliers(
 )->Images: # labelled
     "The images that a classifier is for"
     if split not in ('train','test'): raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    if name not in _inliers and Path(name).is_dir():
-        return _of_folder(Path(name), split, size)
-    res = _known(name, _inliers, 'set of inliers (or no folder)')(split)
-    res.name = str(name)
+    if name not in _inliers and Path(name).is_dir(): res = _of_folder(Path(name), split, size)
+    else:
+        res = _known(name, _inliers, 'set of inliers (or no folder)')(split)
+        res.name = str(name)
+    res.split = split
     return res
 
 # %% ../nbs/00_data.ipynb #00a00010

@@ -110,10 +110,10 @@ class Bench:
         "What the model says of images in [0,1]"
         return get_logits(self.model(self.inputs(x))).float()
 
-    def of_pixels(self, x, score):
-        "`score` of images in [0,1]"
+    def of_pixels(self, x, score, logits=None):
+        "`score` of images in [0,1], whose `logits` may be known"
         if isinstance(score, on_input): res = score(self.model, self.inputs(x))
-        else: res = score(self.logits(x))
+        else: res = score(self.logits(x) if logits is None else logits)
         if res.shape != x.shape[:1]:
             raise ValueError(f'a score must be one number an image, shape ({len(x)},), not {tuple(res.shape)}')
         return res
@@ -196,6 +196,27 @@ def ood_scores(
 )->Tensor: # (N,) on the CPU
     "Scores of `source` under the learner's model, if asked for under attack on that very score"
     return Bench(self, score=score, seed=seed, bs=bs, cache=cache).scores(source, attack, sign)
+
+# %% ../nbs/07_evaluation.ipynb #07n00001
+@patch
+def judged(
+    self:Bench,
+    source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
+    attack=None, # moves the images before they are judged
+    sign=1, # 1: the attack lowers the score, -1: raises it
+)->Tensor: # (N,3) on the CPU
+    "Score, predicted class and its probability of each image, if asked for under attack on the score"
+    attack = check_attack(attack)
+    move = self.attacker(attack, sign)
+    def f(x, y):
+        if attack is not None: x = move(x)
+        with torch.no_grad():
+            logits = self.logits(x)
+            probability,label = logits.softmax(1).max(1)
+            return torch.stack([self.of_pixels(x, self.score, logits).float(), label.float(), probability], 1)
+    about = [self.score, attack, 'judged']
+    if attack is not None: about += [sign, self.seed]
+    return self.over(source, f, about)
 
 # %% ../nbs/07_evaluation.ipynb #0700001c
 @patch
@@ -286,17 +307,19 @@ def sides(
     self:Bench,
     attack=None,
     attacked='ood', # which side is attacked: 'ood', 'id' or 'both'
+    measure=None, # source, attack, sign -> tensor, one row an image; default: the scores
 )->tuple: # scores of the inliers, {name: (group, scores)} of the outliers
     "Scores of both sides, with `attack` on one of them or both"
     if attacked not in ('ood','id','both'): raise ValueError(f'attacked must be one of ood, id, both, not {attacked!r}')
     sets = self.images
-    if attack is None or attacked == 'ood': s_in = self.clean
-    else: s_in = self.scores(self.known, attack, sign=-1)
+    on_inliers = None if attacked == 'ood' else attack
     on_outliers = None if attacked == 'id' else attack
+    if measure: s_in = measure(self.known, on_inliers, sign=-1)
+    else: s_in = self.clean if on_inliers is None else self.scores(self.known, on_inliers, sign=-1)
     res = {}
     for name,o in sets.items():
         group = getattr(o, 'group', None)
-        res[name] = group,self.scores(o, on_outliers)
+        res[name] = group,(measure or self.scores)(o, on_outliers)
     return s_in,res
 
 @patch
@@ -307,7 +330,11 @@ def metrics(
     n_boot=0, # resamples for 95% intervals over images
 )->pd.DataFrame: # one row a set, then the means
     "Metrics on each set, and their means"
-    s_in,outs = self.sides(attack, attacked)
+    return self.metrics_of(*self.sides(attack, attacked), n_boot)
+
+@patch
+def metrics_of(self:Bench, s_in, outs, n_boot=0):
+    "Metrics of scores, as `sides` gives them"
     df = report_from_scores(s_in, outs, n_boot, self.seed)
     df['group'] = df.group.fillna('own')
     return _for_a_terminal(df)
@@ -351,7 +378,11 @@ def report(
     n_boot=0, # resamples for 95% intervals over images
 )->pd.DataFrame: # one row a set, then the means; what was measured and the `id_report` in `attrs`
     "Metrics on each set and their means, and what the inliers pay"
-    df = self.metrics(attack, attacked, n_boot)
+    s_in,outs = self.sides(attack, attacked)
+    df = self.metrics_of(s_in, outs, n_boot)
+    detector = vars(self.learn).get('detector') # of `ood_detector`
+    if detector is not None and detector.score is self.score:
+        df = detector.beside(df, self, attack, attacked, s_in, outs)
     name = getattr(self.score, '__name__', repr(self.score))
     attacked = 'none' if attack is None else attacked
     df.attrs = dict(score=name, attack=repr(attack), attacked=attacked, seed=self.seed)

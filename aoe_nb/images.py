@@ -13,6 +13,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 # %% ../nbs/13a_images.ipynb #6c0ad5ba
 class Images:
     "A population: uint8 images (N,C,H,W) in one tensor, labels and class names if it has any, a name and a group"
+    split = None # 'train' or 'test' where that is known
     def __init__(self, x, y=None, classes=None, name='images', group=None):
         x = torch.as_tensor(x)
         if x.dtype != torch.uint8 or x.ndim != 4:
@@ -43,10 +44,16 @@ class Images:
 
 # %% ../nbs/13a_images.ipynb #d0d3f1d9
 @patch
+def _like(self:Images, other):
+    "`other`, a part of these images, with their split"
+    other.split = self.split
+    return other
+
+@patch
 def take(self:Images, idx, name=None):
     "The images at `idx` (indices, mask or slice), as a population of their own"
     y = None if self.y is None else self.y[idx]
-    return Images(self.x[idx], y, self.classes, name or self.name, self.group)
+    return self._like(Images(self.x[idx], y, self.classes, name or self.name, self.group))
 
 @patch
 def select(self:Images, classes, name=None):
@@ -62,7 +69,7 @@ def select(self:Images, classes, name=None):
     y = new[self.y]
     keep = y >= 0
     names = [self.classes[o] for o in old]
-    return Images(self.x[keep], y[keep], names, name or self.name, self.group)
+    return self._like(Images(self.x[keep], y[keep], names, name or self.name, self.group))
 
 @patch
 def show(self:Images, n=10, ax=None, figsize=None):

@@ -425,6 +425,7 @@ def opened(
         res = _through(learn.dls, files, train) if learn is not None else None
         if res is None: res = _read(source, files, size)
         res.folders = _folders(source, files)
+        res.files = files
         return res
     if isinstance(source, _file): return image_batch(read_file(source), name)
     if isinstance(source, (Tensor,np.ndarray)): return image_batch(source, name)

@@ -105,15 +105,15 @@ def test_flagged_cells_are_listed():
 
 # A room imports only from lines above its own. The library does not know the study, nobody the old names.
 ROOMS = """
-energy attack metrics batchnorm plots record device
+energy attack metrics batchnorm plots record device conformal drift
 sources methods models cache
 images
 loaders
 data
 stream
 evaluation
-peers audit exposure
-generate
+peers audit exposure detector
+generate graph
 demo
 all
 study study.protocol
