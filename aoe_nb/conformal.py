@@ -40,7 +40,7 @@ def allowed_above(
                          f'there are {n}: hold out more, or ask for a larger fpr')
     res = math.floor(fpr*(n+1) + 1e-9) - 1
     if confidence is None: return res
-    return min(res, int(stats.binom.ppf(1-confidence, n, fpr)) - 1)
+    return min(res, int(stats.binom.ppf(1-confidence+1e-12, n, fpr)) - 1)
 
 # %% ../nbs/22_conformal.ipynb #c0f2000b
 def _vector(scores, name='scores'):
