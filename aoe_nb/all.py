@@ -8,15 +8,19 @@ __all__ = ['Images', 'inliers', 'outliers', 'unseen', 'PCAGaussian', 'Mixed', 'a
            'energy', 'msp', 'max_logit', 'entropy', 'uniform_ce', 'energy_margin', 'on_input', 'pytorch_ood_score',
            'fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign', 'FGSM', 'PGD', 'MIFGSM', 'APGD',
            'Square', 'Gaussian', 'RandomSign', 'standard_attacks', 'OutlierExposure', 'DeviceMixedPrecision',
-           'ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'compare_reports', 'transfer_matrix', 'plot_scores',
-           'plot_roc', 'plot_robustness', 'plot_transfer', 'plot_reliability', 'plot_step', 'plot_gains', 'sliders']
+           'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'ood_metrics', 'bootstrap_interval',
+           'image_bootstrap', 'compare_reports', 'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness',
+           'plot_transfer', 'plot_reliability', 'plot_step', 'plot_gains', 'sliders']
 
 # %% ../nbs/20_all.ipynb #a11f0003
 from .attack import fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign
 from .attack import FGSM, PGD, MIFGSM, APGD, Square, Gaussian, RandomSign
 from .audit import audit
+from .conformal import Conformal, images_needed
 from .data import Images, inliers, outliers, unseen
+from .detector import Detector, load_detector
 from .device import DeviceMixedPrecision
+from .drift import Monitor
 from .energy import energy, msp, max_logit, entropy, uniform_ce, energy_margin
 from .evaluation import on_input, standard_attacks, transfer_matrix
 from .exposure import OutlierExposure
@@ -35,6 +39,6 @@ _all_ = [
     energy, msp, max_logit, entropy, uniform_ce, energy_margin, on_input, pytorch_ood_score,
     fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign,
     FGSM, PGD, MIFGSM, APGD, Square, Gaussian, RandomSign, standard_attacks,
-    OutlierExposure, DeviceMixedPrecision,
+    OutlierExposure, DeviceMixedPrecision, Detector, load_detector, Conformal, images_needed, Monitor,
     ood_metrics, bootstrap_interval, image_bootstrap, compare_reports, transfer_matrix,
     plot_scores, plot_roc, plot_robustness, plot_transfer, plot_reliability, plot_step, plot_gains, sliders]
