@@ -7,8 +7,8 @@ __all__ = ['files_below', 'judge_files', 'thumbnail', 'headline', 'report_html',
            'score_card', 'drop_zone']
 
 # %% ../nbs/26_sheet.ipynb #5ee70002
-import base64, csv, hashlib, json, math, pandas as pd, sys, torch
-from contextlib import nullcontext
+import base64, csv, gc, hashlib, json, math, pandas as pd, signal, sys, threading, torch
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -68,7 +68,7 @@ def _sorted_out(files, decode=False):
     bad = {file: why for file,why in reasons.items() if why}
     return [file for file in files if file not in bad],bad
 
-# %% ../nbs/26_sheet.ipynb #5ee7000e
+# %% ../nbs/26_sheet.ipynb #5ee7000f
 def _one_by_one(det, files, bs):
     "Rows of the `files` that `det` takes alone, and the reason for each of the others"
     dls = getattr(getattr(det, 'learn', None), 'dls', None)
@@ -86,9 +86,26 @@ def _judged(det, files, bs):
     if not files: return [],{}
     try: return [det(files, bs)],{}
     except _problems: good,bad = _sorted_out(files, decode=True)
+    gc.collect() # the loader that failed, else the next one's processes find its own and complain
     try: return [det(good, bs)] if good else [],bad
     except _problems: rows,others = _one_by_one(det, good, bs)
     return rows,bad | others
+
+@contextmanager
+def _ctrl_c():
+    "Hear Ctrl-C also where Python drops it, as while the processes of a loader are taken down"
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = []
+    def hear(*args):
+        heard.append(args)
+        usual(*args)
+    signal.signal(signal.SIGINT, hear)
+    try: yield
+    finally: signal.signal(signal.SIGINT, usual)
+    if heard: raise KeyboardInterrupt
 
 _columns = 'file','class','probability','score','p','outlier'
 
@@ -100,10 +117,10 @@ def judge_files(
     "For one step after another a table as from `det`, and {file: why} of what could not be judged"
     for part in chunked(files, 8*bs):
         good,bad = _sorted_out(part)
-        rows,others = _judged(det, good, bs)
+        with _ctrl_c(): rows,others = _judged(det, good, bs)
         yield pd.concat(rows) if rows else pd.DataFrame(columns=_columns),bad | others
 
-# %% ../nbs/26_sheet.ipynb #5ee70014
+# %% ../nbs/26_sheet.ipynb #5ee70015
 def _picture(path):
     "The image in a file as people see it, upright and with 8 bits"
     with Image.open(path) as im:
@@ -126,27 +143,27 @@ def thumbnail(
     kind = 'png' if small else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}'
 
-# %% ../nbs/26_sheet.ipynb #5ee70017
+# %% ../nbs/26_sheet.ipynb #5ee70018
 def _verdict(row): return Strong('\u2691 outlier') if row['outlier'] else 'not flagged'
 
 def _contact(row, folder):
     "One image of the contact sheet"
     name = _name(row['file'], folder)
     says = f'{row["class"]} ({row["probability"]:.0%})'
-    numbers = f'score {row["score"]:.3g}, p {row["p"]:.3g}'
-    lines = Div(_verdict(row)),Div(says),Div(numbers),Div(name, cls='name')
+    numbers = Div(f'score {row["score"]:.3g}'),Div(f'p {row["p"]:.2g}')
+    lines = Div(_verdict(row)),Div(says),*numbers,Div(name, cls='name')
     picture = Img(src=thumbnail(row['file']), alt=name, width=128, height=128)
     return Figure(picture, Figcaption(*lines), cls='flagged' if row['outlier'] else 'usual')
 
 def _line(row, folder):
     "One row of the table"
-    numbers = f'{row["probability"]:.0%}',f'{row["score"]:.4g}',f'{row["p"]:.3g}'
+    numbers = f'{row["probability"]:.0%}',f'{row["score"]:.4g}',f'{row["p"]:.2g}'
     cells = [Td(_verdict(row)), Td(row['class']), *(Td(o, cls='n') for o in numbers)]
     return Tr(Td(_name(row['file'], folder), cls='name'), *cells)
 
 def _section(title, *parts): return Section(H2(title), *parts)
 
-# %% ../nbs/26_sheet.ipynb #5ee70018
+# %% ../nbs/26_sheet.ipynb #5ee70019
 _few = 300 # rows of a list that has no end
 
 def _suspicious(table): return table.sort_values(['p','score'], ascending=[True,False]).to_dict('records')
@@ -176,7 +193,7 @@ def _unread(unreadable, folder):
     if left: lines.append(Li(f'and {left:,} more'))
     return _section('Files that could not be judged', Ul(*lines))
 
-# %% ../nbs/26_sheet.ipynb #5ee7001a
+# %% ../nbs/26_sheet.ipynb #5ee7001b
 def headline(
     table, # of judged images
     unreadable, # {file: why}
@@ -184,7 +201,8 @@ def headline(
     "One sentence: how many images were flagged, and how many files could not be judged"
     n = int(table['outlier'].sum())
     images = 'image' if len(table) == 1 else 'images'
-    text = f'{n:,} of {len(table):,} {images} {"was" if n == 1 else "were"} flagged'
+    flagged = 'was flagged as an outlier' if n == 1 else 'were flagged as outliers'
+    text = f'{n:,} of {len(table):,} {images} {flagged}'
     if not unreadable: return f'{text}.'
     files = 'file' if len(unreadable) == 1 else 'files'
     return f'{text}, and {len(unreadable):,} {files} could not be judged.'
@@ -193,7 +211,7 @@ def _promise(det, n):
     "What the detector promises, in words, and what that means for `n` images"
     words = [P(o) for o in repr(det).splitlines()]
     most = det.about['fpr']*n
-    usual = f'If all {n:,} were new inliers, {most:.3g} of them or fewer would be expected to be flagged. '
+    usual = f'If all {n:,} were new inliers, on average at most {most:.3g} of them would be flagged. '
     return *words,P(usual, 'The p-value of an image is the share of held-out inliers that look at least as strange.')
 
 def _origin(det, folder, model):
@@ -209,7 +227,7 @@ def _digest(path):
     "The SHA-256 of a file"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/26_sheet.ipynb #5ee7001b
+# %% ../nbs/26_sheet.ipynb #5ee7001c
 _css = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5c6470; --line: #d5d8dc; --flag: #a63c06 }
 @media (prefers-color-scheme: dark) {
@@ -224,7 +242,8 @@ h2 { font-size: 1.2rem; margin: 2rem 0 .75rem }
 .sheet { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) }
 figure { margin: 0; padding: .5rem; border: 1px solid var(--line); border-radius: .4rem; font-size: .875rem }
 figure.flagged { border: 3px solid var(--flag) }
-figure img { display: block; margin: 0 auto .5rem; object-fit: contain; image-rendering: pixelated }
+figure img { display: block; margin: 0 auto .5rem; object-fit: contain }
+img[src^='data:image/png'] { image-rendering: pixelated }
 strong { font-weight: 600 }
 .flagged strong, td strong { color: var(--flag) }
 figcaption .name { color: var(--soft) }
@@ -236,7 +255,7 @@ th, td { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top;
 """
 _forbidden = "default-src 'none'; img-src data:; style-src 'unsafe-inline'" # nothing is fetched, nothing runs
 
-# %% ../nbs/26_sheet.ipynb #5ee7001c
+# %% ../nbs/26_sheet.ipynb #5ee7001d
 def _head(title):
     "The head of the page"
     seen = Meta(name='viewport', content='width=device-width, initial-scale=1')
@@ -259,7 +278,7 @@ def report_html(
     main = Main(H1(title), *_promise(det, len(table)), *lists, _origin(det, folder, model))
     return to_xml(Html(_head(title), Body(main), lang='en'), indent=False)
 
-# %% ../nbs/26_sheet.ipynb #5ee70020
+# %% ../nbs/26_sheet.ipynb #5ee70021
 def _named(table, folder): return table.assign(file=[_name(o, folder) for o in table['file']])
 
 def _bar(n): return tqdm(total=n, unit='file', disable=None) # only in a terminal
@@ -291,10 +310,10 @@ def write_report(
     write_whole(out, report_html(table, unreadable, det, folder, n, model))
     return _named(table, folder),{_name(file, folder): why for file,why in unreadable.items()}
 
-# %% ../nbs/26_sheet.ipynb #5ee70024
+# %% ../nbs/26_sheet.ipynb #5ee70025
 def _number(x):
     "A number as JSON has it, which knows no infinity"
-    return float(str(x)) if math.isfinite(x) else None # through its digits: .97 stays .97
+    return float(f'{x:.7g}') if math.isfinite(x) else None # the digits that single precision has
 
 def json_lines(
     det, # `Detector`, or what `open_detector` gives
@@ -311,7 +330,7 @@ def json_lines(
             for file,why in bad.items(): yield json.dumps(dict(file=_name(file, folder), error=why))
             if bar: bar.update(len(table) + len(bad))
 
-# %% ../nbs/26_sheet.ipynb #5ee70027
+# %% ../nbs/26_sheet.ipynb #5ee70028
 def open_detector(
     path, # that `learn.export` wrote; it can run code, so open only what you trust
     bs:int=64, # images that go through the network at a time
@@ -339,7 +358,7 @@ def _open_learner(path):
     res.dls.cpu()
     return res
 
-# %% ../nbs/26_sheet.ipynb #5ee7002b
+# %% ../nbs/26_sheet.ipynb #5ee7002c
 def _card_of(det, row):
     "The held-out scores that an image is compared with, and the threshold among them"
     if det.by is None: return det.scores,det.threshold
@@ -358,7 +377,7 @@ def score_card(
     row = table.iloc[0]
     pixels = next(pixel_batches(given(image, det.learn), 1, det.learn))[0]
     fig,(left,right) = plt.subplots(1, 2, figsize=(6.4,2.5), width_ratios=[1,2], layout='constrained')
-    left.imshow(pixels.cpu().permute(1,2,0).expand(-1,-1,3), vmin=0, vmax=1)
+    left.imshow(pixels.cpu().permute(1,2,0).expand(-1,-1,3).numpy(), vmin=0, vmax=1)
     left.axis('off')
     left.set_title(f'{row["class"]}, {row["probability"]:.0%}')
     _draw_score(right, row, *_card_of(det, row))
@@ -372,10 +391,10 @@ def _draw_score(ax, row, scores, threshold):
     colour = 'C1' if row['outlier'] else 'C2'
     if math.isfinite(row['score']): ax.axvline(row['score'], color=colour, lw=2.5, label='this image')
     ax.set(xlabel='score', yticks=[])
-    ax.set_title(f'{"rejected" if row["outlier"] else "accepted"}, p = {row["p"]:.3g}', color=colour)
+    ax.set_title(f'{"rejected" if row["outlier"] else "accepted"}, p = {row["p"]:.2g}', color=colour)
     ax.legend()
 
-# %% ../nbs/26_sheet.ipynb #5ee7002f
+# %% ../nbs/26_sheet.ipynb #5ee70030
 def drop_zone(
     det:Detector,
 ): # ipywidgets box
