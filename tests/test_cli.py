@@ -1,4 +1,4 @@
-"The five commands as programs: quick with --help and with what is wrong, polite at Ctrl-C, right on a user's folders."
+"The six commands as programs: quick with --help and with what is wrong, polite at Ctrl-C, right on a user's folders."
 
 import os, signal, subprocess, sys, time
 from configparser import ConfigParser
@@ -8,7 +8,8 @@ import numpy as np, pytest
 from PIL import Image
 from aoe_nb import cli
 
-COMMANDS = 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_audit'
+COMMANDS = 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_audit', 'aoe_detect'
+SUBJECTS = dict.fromkeys(COMMANDS, 1) | dict(aoe_detect=2)  # what may be given without a name
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), COLUMNS='100')
 
@@ -46,7 +47,7 @@ def test_each_command_is_declared():
 HOMES = dict(aoe_demo='demo', aoe_run='study.grid', aoe_generate='generate', aoe_fetch='sources', aoe_audit='audit')
 
 
-@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('name', HOMES)
 def test_commands_are_found_where_they_were(name):
     home = import_module(f'aoe_nb.{HOMES[name]}')
     assert getattr(home, name) is getattr(cli, name)
@@ -58,12 +59,13 @@ def test_commands_are_found_where_they_were(name):
 def test_help_is_quick_and_explains_everything(name):
     r = run(name, '--help')
     assert r.returncode == 0 and 'HEAVY' not in r.stderr
-    subject, *others = getattr(cli, name).__wrapped__.__annotations__
+    every = list(getattr(cli, name).__wrapped__.__annotations__)
     usage = r.stdout.split('positional arguments')[0]
-    assert f'[{subject}]' in usage, 'what it is about may be given without a name'
-    for o in (subject, *others):
+    for subject in every[: SUBJECTS[name]]:
+        assert f'[{subject}]' in usage, 'what it is about may be given without a name'
+    for o in every:
         assert f'--{o}' in r.stdout
-    assert len(others) == len(set(others)) and r.stdout.count('The same as') == 1
+    assert len(every) == len(set(every)) and r.stdout.count('The same as') == SUBJECTS[name]
 
 
 REFUSED = [
@@ -84,6 +86,14 @@ REFUSED = [
     ('aoe_audit', 'nowhere', 'unknown set of inliers'),
     ('aoe_audit', '--sets flower,x', "'x' is neither"),
     ('aoe_audit', '--exposed x', "'x' is neither a file nor a folder, nor one of china"),
+    ('aoe_detect', '', 'give a model and a folder'),
+    ('aoe_detect', 'x.pkl .', 'there is no file x.pkl'),
+    ('aoe_detect', '/proc/version y', 'there is neither a folder nor a file y'),
+    ('aoe_detect', '/proc/version .', '. is empty'),
+    ('aoe_detect', '/proc/version /proc/version --out x.csv', 'out must end in .html'),
+    ('aoe_detect', '/proc/version /proc/version --out /proc/x/x.html', 'choose another output folder'),
+    ('aoe_detect', 'a b --model c', 'not allowed'),
+    ('aoe_detect', 'a b --n many', "invalid int value: 'many'"),
 ]
 
 
@@ -97,7 +107,11 @@ def test_what_is_wrong_is_said_at_once(name, args, why, tmp_path):
 @pytest.mark.parametrize('name,wait', [*((name, 1.5) for name in COMMANDS), ('aoe_demo', 8.0)])
 def test_ctrl_c_is_polite(name, wait, tmp_path):
     "While it imports, and while it works"
-    p = started(name, cwd=tmp_path)
+    args = []
+    if name == 'aoe_detect':
+        args = ['export.pkl'] * 2  # while it imports; while it works: tests/test_sheet.py
+        (tmp_path / args[0]).touch()
+    p = started(name, *args, cwd=tmp_path)
     time.sleep(wait)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
