@@ -8,9 +8,10 @@ __all__ = ['Images', 'inliers', 'outliers', 'unseen', 'PCAGaussian', 'Mixed', 'a
            'energy', 'msp', 'max_logit', 'entropy', 'uniform_ce', 'energy_margin', 'on_input', 'pytorch_ood_score',
            'fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign', 'FGSM', 'PGD', 'MIFGSM', 'APGD',
            'Square', 'Gaussian', 'RandomSign', 'standard_attacks', 'OutlierExposure', 'DeviceMixedPrecision',
-           'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'ood_metrics', 'bootstrap_interval',
-           'image_bootstrap', 'compare_reports', 'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness',
-           'plot_transfer', 'plot_reliability', 'plot_step', 'plot_gains', 'sliders']
+           'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'open_graph', 'flag_script',
+           'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'compare_reports',
+           'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness', 'plot_transfer', 'plot_reliability',
+           'plot_step', 'plot_gains', 'sliders']
 
 # %% ../nbs/20_all.ipynb #a11f0003
 from .attack import fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign
@@ -25,10 +26,12 @@ from .energy import energy, msp, max_logit, entropy, uniform_ce, energy_margin
 from .evaluation import on_input, standard_attacks, transfer_matrix
 from .exposure import OutlierExposure
 from .generate import PCAGaussian, Mixed, load_generator
+from .graph import flag_script, open_graph
 from .loaders import RandomCropFlip
 from .metrics import ood_metrics, bootstrap_interval, image_bootstrap, compare_reports
 from .models import small_cnn, resnet20, resnet32, resnet44, resnet56, wrn16_4, wrn40_2, load_weights
 from .peers import pytorch_ood_score
+from .sheet import drop_zone, score_card
 from .plots import plot_scores, plot_roc, plot_robustness, plot_transfer
 from .plots import plot_reliability, plot_step, plot_gains, sliders
 
@@ -40,5 +43,6 @@ _all_ = [
     fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign,
     FGSM, PGD, MIFGSM, APGD, Square, Gaussian, RandomSign, standard_attacks,
     OutlierExposure, DeviceMixedPrecision, Detector, load_detector, Conformal, images_needed, Monitor,
+    open_graph, flag_script, score_card, drop_zone,
     ood_metrics, bootstrap_interval, image_bootstrap, compare_reports, transfer_matrix,
     plot_scores, plot_roc, plot_robustness, plot_transfer, plot_reliability, plot_step, plot_gains, sliders]

@@ -114,6 +114,7 @@ stream
 evaluation
 peers audit exposure detector
 generate graph
+sheet
 demo
 all
 study study.protocol
