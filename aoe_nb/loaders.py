@@ -438,8 +438,9 @@ def _plain(source):
     if isinstance(source, Mapping):
         x,y = pair(source)
         return _plain(x if y is None else list(zip(x, y)))
-    arrays = isinstance(source, tuple) and all(isinstance(o, (Tensor,np.ndarray)) for o in source)
-    if arrays and len(source) == 2 and source[1].ndim == 1: return list(zip(*source))
+    arrays = isinstance(source, (tuple,list)) and all(isinstance(o, (Tensor,np.ndarray)) for o in source)
+    labelled = arrays and len(source) == 2 and source[1].ndim == 1 and len(source[0]) == len(source[1])
+    if labelled: return list(zip(*source))
     if isinstance(source, L) and not isinstance(source, TfmdLists): return list(source)
     if getattr(getattr(source, 'dtype', None), 'kind', '') in ('O','U'): return list(source) # arrays of file names
     if not isinstance(source, Iterator): return source
