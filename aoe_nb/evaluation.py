@@ -59,15 +59,20 @@ def _validation(dls):
     try: return loaders[1] if len(loaders[1].dataset) else None
     except (AttributeError,TypeError): return loaders[1] # a data set without a length
 
+_taken = 'inliers','mean near','mean far','mean natural'
+
 def _opened(sets, inliers, learn):
     "`sets` with whatever holds images opened for the learner, or an error that says what is wrong with them"
     if not isinstance(sets, dict):
         raise TypeError(f'sets must be a dict, such as {{"mine": folder}}, not a {type(sets).__name__}')
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
+    taken = [name for name in sets if name in _taken]
+    if taken: raise ValueError(f'no set may be called {taken[0]!r}, a row of reports has that name: give it another')
     sets = {name: _again(given(o, learn, name=name)) for name,o in sets.items()}
     size = _size(inliers)
     if not size: return sets
     for name,o in sets.items():
+        if hasattr(o, '__len__') and not len(o): raise ValueError(f'there are no images in {name}')
         other = _size(o) or size
         if other != size:
             theirs = 'x'.join(map(str, other))

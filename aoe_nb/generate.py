@@ -22,12 +22,11 @@ from .device import DeviceMixedPrecision, keep_memory
 from .loaders import RandomCropFlip
 from .models import check_weights, save_weights, weights_file
 from .record import check_writable, provenance, write_whole
-from .sources import on_disk, sources
+from .sources import image_files, on_disk, sources
 from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
-from fastai.data.transforms import get_image_files
 from fastai.torch_core import default_device, params
 
 # %% ../nbs/11_generate.ipynb #d4afde50
@@ -620,7 +619,7 @@ def _in_words(seconds):
 # %% ../nbs/11_generate.ipynb #11b00052
 def _n_images(data):
     "How many training images there are, without fetching any"
-    if Path(data).is_dir(): return len(get_image_files(Path(data)/'train'))
+    if Path(data).is_dir(): return len(image_files(Path(data)/'train'))
     return sources[data].n['train'] if data in sources else len(inliers(data))
 
 def _plan(path, data, preset, run):

@@ -87,15 +87,23 @@ def _suffixes():
     readable = {suffix for suffix,kind in known if kind in Image.OPEN and kind not in _no_pictures}
     return readable | image_extensions | {'.heic','.heif','.mpo'}
 
-def is_image(path):
-    "Whether the name of a file ends like that of an image"
-    return Path(path).suffix.lower() in _suffixes()
+def _opens(path):
+    "Whether Pillow knows what is in a file"
+    try:
+        with Image.open(path): return True
+    except Exception: return False # it raises a dozen kinds
+
+def is_image(path, suffixes=None):
+    "Whether the name of a file ends like that of an image or, if it has no ending, whether it is one"
+    suffix = Path(path).suffix.lower()
+    return suffix in (suffixes or _suffixes()) if suffix else _opens(path)
 
 def image_files(
     folder, # searched at any depth; hidden files and folders are left out
 )->list: # of paths, ordered by the number in their name where there is one
     "All image files below `folder`"
-    paths = get_files(folder, extensions=_suffixes())
+    suffixes = _suffixes()
+    paths = [path for path in get_files(folder) if is_image(path, suffixes)]
     if not paths: raise ValueError(f'no images below {folder}: give a folder of .png, .jpg or other image files')
     def key(path):
         number = re.match(r'\d+', path.stem)
@@ -108,6 +116,8 @@ def read_images(
     name='these files', # for errors
 )->np.ndarray: # uint8 (N,C,H,W)
     "All `files` as one array; those that cannot be read are named"
+    if size is not None and (not hasattr(size, '__index__') or size < 0):
+        raise ValueError(f'size is the side of a square, a whole number of pixels, not {size!r}')
     def read(file):
         try:
             if isinstance(file, Image.Image): return fit(file, size)
