@@ -434,6 +434,37 @@ def test_files_go_through_the_learners_transforms(kw, photos, tmp_path):
     fails(lambda: again.ood_report({'x': other}), contains='inliers=')
 
 
+def test_rows_of_images_go_through_the_learners_transforms(photos):
+    learn = pipeline(photos)
+    files = sorted((photos / 'other').rglob('*.png'))
+    Image.open(files[0]).resize((20, 31)).save(photos.parent / 'small.png')
+    files = [*files, photos.parent / 'small.png']
+    want = by_hand(learn, files)
+    rows = {
+        'dicts': [dict(image=Image.open(o)) for o in files],
+        'packed': [dict(image=dict(bytes=png(o), path=None)) for o in files],
+        'paths': [dict(image=str(o)) for o in files],
+        'pairs': [(Image.open(o), -1) for o in files],
+        'bytes': [png(o) for o in files],
+    }
+    for source in rows.values():
+        close(learn.ood_scores(source), want, 1e-4)
+        fit(learn.expose(source), 1)
+        learn = pipeline(photos)
+    fails(lambda: fit(learn.expose([(Image.open(o), 1) for o in files]), 1), contains='look like inlier labels')
+
+
+def test_class_folders_are_labels_of_a_learners_pipeline(photos):
+    learn = pipeline(photos)
+    with learn.no_bar():
+        want = learn.validate()[0]
+    files = sorted((photos / 'valid').rglob('*.png'))
+    rows = [dict(image=Image.open(o), label='ab'.index(o.parent.name)) for o in files]
+    for source in photos / 'valid', rows:
+        close(learn.id_report(source)['NLL'], want, 1e-4)
+    fails(lambda: learn.id_report(photos / 'other'), contains='have none')
+
+
 def test_images_of_a_wrong_size_are_refused_where_no_transform_helps(photos):
     learn = pipeline(photos)
     whole = outliers(photos / 'other')
