@@ -166,6 +166,14 @@ def test_files_without_an_ending_are_looked_into(tmp_path):
     fails(lambda: outliers(tmp_path), contains='/1 (')
 
 
+def test_a_link_that_leads_back_adds_nothing(tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(NOISE).save(tmp_path / 'a/0.png')
+    (tmp_path / 'a/loop').symlink_to(tmp_path)
+    (tmp_path / 'b').symlink_to(tmp_path / 'a')  # another class of the same images
+    eq(image_files(tmp_path), [tmp_path / 'a/0.png', tmp_path / 'b/0.png'])
+
+
 @pytest.mark.parametrize('size', [(8, 8), 8.5, -1, '8'])
 def test_a_size_is_the_side_of_a_square(size, tmp_path):
     Image.fromarray(NOISE).save(tmp_path / '0.png')
