@@ -87,9 +87,10 @@ def _grad(x, loss):
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = loss(x.clone()) # a network may write on what it is given
-        if not value.requires_grad:
-            raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
-        grad, = torch.autograd.grad(value.sum(), x)
+        grad = None
+        if value.requires_grad: grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if grad is None: # perhaps of parameters alone
+        raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
     # a finite sum clears all pixels at once; any other sum may be mere overflow, so look at each
     if not grad.sum().isfinite() and not grad.isfinite().all():
         what = 'NaN' if grad.isnan().any() else 'infinity'
@@ -494,8 +495,9 @@ def no_gradient(
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().as_subclass(Tensor).requires_grad_()
         value = loss(x.clone())
-        if not value.requires_grad: return torch.ones(len(x), dtype=torch.bool, device=x.device)
-        grad, = torch.autograd.grad(value.sum(), x)
+        grad = None
+        if value.requires_grad: grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if grad is None: return torch.ones(len(x), dtype=torch.bool, device=x.device)
     return grad.flatten(1).abs().sum(1) == 0
 
 # %% ../nbs/02_attack.ipynb #cf0bc269

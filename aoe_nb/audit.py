@@ -189,9 +189,9 @@ def _check_cues(o, known, n):
 # %% ../nbs/12_audit.ipynb #75cd4023
 def _population(name, o):
     "`o` in any form as `Images`, with `name` where it has none of its own"
-    if isinstance(o, Images): return o
-    res = outliers(o)
-    res.name = str(name)
+    res = o if isinstance(o, Images) else outliers(o)
+    if not len(res): raise ValueError(f'there are no images in {name}')
+    if res is not o: res.name = str(name)
     return res
 
 def audit(

@@ -68,7 +68,8 @@ class _Instead(TorchFunctionMode):
 def _averages(layer):
     "The running averages that `layer` keeps: none, or its mean, its variance and the number of batches"
     names = 'running_mean','running_var','num_batches_tracked'
-    return {name: b for name,b in layer.named_buffers(recurse=False) if name in names}
+    found = {name: b for name,b in layer.named_buffers(recurse=False) if name in names}
+    return {} if list(found) == ['num_batches_tracked'] else found # the others were taken away later
 
 def _share(layer, x, n, total):
     "How many rows of `x` belong to the first `n` of `total` images"
@@ -199,8 +200,9 @@ def _given(module):
 def _replace(layer, forward):
     "Give `layer` another `forward`, during which it has its own; returns what it had before"
     given = _given(layer)
-    def instead(x, *more, **kwargs):
-        if more or kwargs:
+    def instead(*args, **kwargs):
+        x,*more = *args,*kwargs.values()
+        if more:
             raise ValueError(f'{type(layer).__name__} takes more than one input, of which it is not known '
                              'where the outliers begin: use bn="mixed"')
         if not torch.is_grad_enabled():
@@ -221,11 +223,47 @@ def _replaced(layers, forward):
     finally:
         for layer,given in before: _put(layer, given)
 
+# %% ../nbs/04_batchnorm.ipynb #04b00002
+def _tracked(x):
+    "The images `x` with gradients; None if they cannot have any"
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_inference(): return None
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+def _tensors(out):
+    "All tensors with a gradient in what a module gives"
+    if isinstance(out, Tensor): return [out] if out.requires_grad else []
+    if isinstance(out, dict): parts = out.values()
+    else: parts = out if isinstance(out, (tuple,list)) else vars(out).values() if hasattr(out, '__dict__') else ()
+    return [t for o in parts for t in _tensors(o)]
+
+def _sees(out, images, n, total):
+    "Whether the share of the first `n` in `out` depends on the other ones of `images`"
+    first = [t[:len(t)*n//total] for t in _tensors(out) if t.ndim and len(t) and not len(t) % total]
+    if not first: return False
+    weighted = [(t.float().flatten()*torch.linspace(1, 2, t.numel(), device=t.device)).sum() for t in first]
+    try: grad, = torch.autograd.grad(sum(weighted), images, retain_graph=True, allow_unused=True)
+    except RuntimeError: return False # a graph that can be walked only once, as behind a checkpoint
+    return grad is not None and bool((grad[n:].nan_to_num(0, 0, 0) != 0).any())
+
+def _who_sees(model, run, images, n, total):
+    "What to say of a model whose inliers see the outliers"
+    outs = []
+    def keep(name): return lambda module, given, out: outs.append((f'{name} ({type(module).__name__})', out))
+    hooks = [m.register_forward_hook(keep(name)) for name,m in model.named_modules() if name]
+    try: run()
+    finally:
+        for hook in hooks: hook.remove()
+    who = next((name for name,out in outs if _sees(out, images, n, total)), type(model).__name__)
+    return (f'{who} lets the inliers of a batch see its outliers, by more than a BatchNorm layer or with its rows in '
+            'another order than the images: use bn="mixed", or another layer in its place')
+
+
 # %% ../nbs/04_batchnorm.ipynb #04000027
 def replace_once(
     model, # with BatchNorm layers anywhere inside
-    forward, # (layer, x) -> x, in place of the layers' own
+    forward, # (layer, x) -> x, in place of the layers' own; a `partial` with `n` says how many images are inliers
     total, # images in the pass that is meant
+    look=True, # whether to make sure that these inliers do not see the rest of the batch, which takes a gradient
 ): # function that calls the replacement off
     "Replace BatchNorm's `forward` during the model's next pass, if that trains on `total` images"
     layers = [m for m in model.modules() if _mixes(m)]
@@ -238,6 +276,15 @@ def replace_once(
         off()
         if not model.training or len(args[0]) != total: return original(*args, **kwargs)
         if not torch.is_grad_enabled(): raise RuntimeError('this pass keeps no graph: train with gradients enabled')
-        with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
+        n = getattr(forward, 'keywords', {}).get('n', total)
+        images = _tracked(args[0]) if look and n < total else None
+        if images is not None: args = images.clone(),*args[1:] # the model may write on it
+        def run():
+            with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
+        out = run()
+        if images is not None and _sees(out, images, n, total):
+            args = images.clone(),*args[1:]
+            raise ValueError(_who_sees(model, run, images, n, total))
+        return out
     _put(model, dict(forward=once))
     return off

@@ -44,7 +44,8 @@ def entropy(
 )->Tensor: # (N,) in [0, log C] nats, higher = more outlying
     "Shannon entropy of the softmax distribution"
     logp = F.log_softmax(_exact(logits), 1)
-    return -(logp.exp()*logp).sum(1)
+    # a class that cannot be has a logit of -infinity, and adds nothing
+    return -(logp.exp()*logp.clamp(min=torch.finfo(logp.dtype).min)).sum(1)
 
 # %% ../nbs/01_energy.ipynb #940f63ea
 scores = dict(energy=energy, msp=msp, max_logit=max_logit, entropy=entropy)

@@ -7,6 +7,7 @@ __all__ = ['on_input', 'log_msp', 'Bench', 'standard_attacks', 'transfer_matrix'
 
 # %% ../nbs/07_evaluation.ipynb #2072d807
 import warnings, numpy as np, pandas as pd, torch
+from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from torch import Tensor
@@ -16,7 +17,7 @@ from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no
 from .cache import code_of, kept
 from .data import Images
 from .energy import energy, get_score, msp
-from .loaders import Pixels, Rows
+from .loaders import Pixels, Rows, batch_of, pair
 from .models import as_input, get_logits, steeper
 from .stream import given, labelled_batches, pixel_batches
 from .metrics import calibration_bins, metric_names, ood_metrics, report_from_scores
@@ -44,9 +45,12 @@ def _size(source):
     if isinstance(source, (Tensor,np.ndarray)): return tuple(source.shape[2:])
     if isinstance(source, Rows): return tuple(source[:1][0].shape[2:])
     if getattr(source, 'shuffle', True) or not hasattr(source, 'one_batch'): return None
-    batch = source.one_batch()
-    x = batch[0] if isinstance(batch, (tuple,list)) else batch
-    return tuple(x.shape[2:])
+    x,_ = pair(source.one_batch())
+    return tuple(batch_of(source, x, 'the images').shape[2:])
+
+def _again(source):
+    "`source`, or a list of what it yields where that can be asked for only once, as of a generator"
+    return list(source) if isinstance(source, Iterator) else source
 
 def _validation(dls):
     "The validation images of a learner, None where it has none"
@@ -55,15 +59,20 @@ def _validation(dls):
     try: return loaders[1] if len(loaders[1].dataset) else None
     except (AttributeError,TypeError): return loaders[1] # a data set without a length
 
+_taken = 'inliers','mean near','mean far','mean natural'
+
 def _opened(sets, inliers, learn):
     "`sets` with whatever holds images opened for the learner, or an error that says what is wrong with them"
     if not isinstance(sets, dict):
         raise TypeError(f'sets must be a dict, such as {{"mine": folder}}, not a {type(sets).__name__}')
     if not sets: raise ValueError('there are no sets to report on: give a dict of name and images')
-    sets = {name: given(o, learn, name=name) for name,o in sets.items()}
+    taken = [name for name in sets if name in _taken]
+    if taken: raise ValueError(f'no set may be called {taken[0]!r}, a row of reports has that name: give it another')
+    sets = {name: _again(given(o, learn, name=name)) for name,o in sets.items()}
     size = _size(inliers)
     if not size: return sets
     for name,o in sets.items():
+        if hasattr(o, '__len__') and not len(o): raise ValueError(f'there are no images in {name}')
         other = _size(o) or size
         if other != size:
             theirs = 'x'.join(map(str, other))
@@ -93,7 +102,7 @@ class Bench:
 
     @cached_property
     def known(self): # the inliers, opened
-        if self.inliers is not None: return given(self.inliers, self.learn, name='the inliers')
+        if self.inliers is not None: return _again(given(self.inliers, self.learn, name='the inliers'))
         raise ValueError('the learner has no validation images, as after load_learner: give some with inliers=')
 
     @cached_property
@@ -247,6 +256,12 @@ def attacked_images(
 # %% ../nbs/07_evaluation.ipynb #37118b21
 class _Unlabelled(ValueError): pass
 
+def _unknown_class(y, n_classes):
+    "The error that labels beyond those of the network are; all below zero they are none, as outliers carry them"
+    if (y < 0).all(): return _Unlabelled('accuracy and calibration need inliers with class labels, not below 0')
+    return ValueError(f'the inliers have labels from {int(y.min())} to {int(y.max())}, the network gives {n_classes} '
+                      'classes: number them as in training')
+
 def _numbered_for(learn, inliers):
     "The `inliers` with the learner's numbers for their classes, or an error if it does not know one"
     vocab = getattr(learn.dls, 'vocab', None)
@@ -266,6 +281,7 @@ def certainty(self:Bench)->Tensor: # (N,3)
         if y is None or y.ndim != 1 or y.is_floating_point():
             raise _Unlabelled('accuracy and calibration need inliers with class labels, these have none')
         with torch.no_grad(): logp = self.logits(x).log_softmax(1)
+        if (y < 0).any() or (y >= logp.shape[1]).any(): raise _unknown_class(y, logp.shape[1])
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
         return torch.stack([confidence, (predicted == y).float(), nll], 1)
@@ -386,7 +402,7 @@ def report(
     name = getattr(self.score, '__name__', repr(self.score))
     attacked = 'none' if attack is None else attacked
     df.attrs = dict(score=name, attack=repr(attack), attacked=attacked, seed=self.seed)
-    try: df.attrs['id'] = self.learn.id_report(self.inliers, self.bs, self.cache)
+    try: df.attrs['id'] = self.learn.id_report(self.known, self.bs, self.cache)
     except _Unlabelled: df.attrs['id'] = None
     if attack is None: self.warn_of(df)
     return df
@@ -488,7 +504,7 @@ def masking(
 )->pd.DataFrame: # one row a check: value, limit, suspicious
     "Signs that gradients are masked"
     clean = self.clean
-    source = given(source, self.learn)
+    source = _again(given(source, self.learn))
     with eval_mode(self.model):
         batches = pixel_batches(source, self.bs, self.learn)
         without = [no_gradient(x.to(self.device), self.loss) for x in batches]
@@ -593,6 +609,7 @@ def transfer_matrix(
 )->pd.DataFrame: # rows: made on ('none' first), columns: scored by
     "`metric` of each learner on `source` attacked through each learner"
     benches = {name: Bench(learn, None, score, inliers, seed, bs) for name,learn in learners.items()}
+    source = _again(source)
     made = {'none': source}
     for name,bench in benches.items(): made[name] = bench.attacked(source, attack)
     res = {}

@@ -222,7 +222,8 @@ def before_batch(self:OutlierExposure):
     self.learn.xb = (x,)
     if self.bn_forward:
         forward = partial(self.bn_forward, n=self.n, total=len(x), aux=self.aux)
-        self.off = replace_once(self.model, forward, len(x))
+        self.off = replace_once(self.model, forward, len(x), look=not self.apart)
+        self.apart = True
 
 # %% ../nbs/05_exposure.ipynb #68e45679
 @patch
@@ -277,6 +278,7 @@ def _begin(self:OutlierExposure):
     self._show_columns()
     self.trained = False
     self.looked = False
+    self.apart = False # not yet looked at
 
 @patch
 def _mean(self:OutlierExposure, name):

@@ -22,12 +22,11 @@ from .device import DeviceMixedPrecision, keep_memory
 from .loaders import RandomCropFlip
 from .models import check_weights, save_weights, weights_file
 from .record import check_writable, provenance, write_whole
-from .sources import on_disk, sources
+from .sources import image_files, on_disk, sources
 from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
-from fastai.data.transforms import get_image_files
 from fastai.torch_core import default_device, params
 
 # %% ../nbs/11_generate.ipynb #d4afde50
@@ -569,13 +568,23 @@ def _nearest_in(known, x, bs):
     return [torch.cat(o) for o in zip(*res)]
 
 # %% ../nbs/11_generate.ipynb #kd110001
+def _comparable(x, known):
+    "Both as rows of numbers, or an error if they are not of one kind"
+    x,known = (torch.as_tensor(o.x if isinstance(o, Images) else o) for o in (x, known))
+    if not len(known): raise ValueError('there are no images to be near to')
+    if x.shape[1:] != known.shape[1:] or x.is_floating_point() != known.is_floating_point():
+        a,b = (f'{o.dtype} {tuple(o.shape[1:])}' for o in (x, known))
+        raise ValueError(f'distances need one kind of images or features, not {a} and {b}: '
+                         'bring them to one shape and to the same units')
+    return x.flatten(1),known.flatten(1)
+
 def nearest(
-    x, # (N,...), uint8 images or float features
+    x, # (N,...), `Images`, uint8 images or float features
     known, # (M,...), the same kind
     bs:int=200,
 )->tuple: # distance (N,), root mean square per pixel or feature, in units of the input; index (N,)
     "For each of `x` the nearest of `known`, exactly: a copy is at distance 0"
-    x,known = (torch.as_tensor(o).flatten(1) for o in (x, known))
+    x,known = _comparable(x, known)
     least = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     index = torch.zeros(len(x), dtype=torch.long, device=x.device)
     first = 0
@@ -620,7 +629,7 @@ def _in_words(seconds):
 # %% ../nbs/11_generate.ipynb #11b00052
 def _n_images(data):
     "How many training images there are, without fetching any"
-    if Path(data).is_dir(): return len(get_image_files(Path(data)/'train'))
+    if Path(data).is_dir(): return len(image_files(Path(data)/'train'))
     return sources[data].n['train'] if data in sources else len(inliers(data))
 
 def _plan(path, data, preset, run):

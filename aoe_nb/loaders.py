@@ -109,11 +109,15 @@ def as_pixels(x, name='the outliers'):
     return x.float().clamp(0, 1)
 
 # %% ../nbs/14_loaders.ipynb #14a00033
+def _is_packed(o):
+    "Whether `o` is an image as Hugging Face keeps it"
+    return isinstance(o, Mapping) and o.keys() <= {'bytes','path'}
+
 def one_image(
     o, # file, PIL image, tensor or array
 )->Tensor: # (C,H,W), uint8 or float
     "A single image as a tensor"
-    if isinstance(o, Mapping) and o.keys() <= {'bytes','path'}: o = o.get('bytes') or o['path'] # Hugging Face's
+    if _is_packed(o): o = o.get('bytes') or o['path']
     if isinstance(o, (str,Path)): return torch.from_numpy(read_images([o])[0])
     if isinstance(o, bytes): o = Image.open(io.BytesIO(o))
     if isinstance(o, Image.Image): return torch.from_numpy(fit(o).copy())
@@ -362,11 +366,12 @@ class _Repeated(TfmdDL):
         rounds = 1 + 10_000//self.n
         return [i for _ in range(rounds) for i in self.shuffle_fn(list(range(self.n)))]
 
-def _through(dls, items, train):
+def _through(dls, items, train, labels=None):
     "A loader of `items` through the learner's own transforms of single images; None if it has none"
     dl = dls.train if train else dls.valid
     ds = _item_pipeline(dl.dataset, items, 0 if train else 1)
     if ds is None: return None
+    if labels is not None: ds = Datasets(tls=[*ds.tls, TfmdLists(list(torch.tensor(labels)), [])])
     if not train: return dl.new(ds, shuffle=False, drop_last=False)
     kw = dict(after_item=dl.after_item, before_batch=dl.before_batch, num_workers=dl.fake_l.num_workers)
     return _Repeated(ds, bs=dl.bs, shuffle=True, do_setup=False, **kw)
@@ -390,6 +395,27 @@ def _files(source):
         if isinstance(o, _file): res += image_files(o) if Path(o).is_dir() else [Path(o)]
         else: res.append(o)
     return res
+
+def _rows_of_files(source):
+    "Images that are not yet arrays out of a list of rows, and their labels where they are numbers; None if it is none"
+    if not isinstance(source, (list,tuple)) or not source or isinstance(source[0], Tensor): return None
+    pairs = [pair(o) for o in source]
+    items = [_closed(o) for o,_ in pairs]
+    if not all(isinstance(o, (*_file,Image.Image)) for o in items): return None
+    labels = _numbers([y for _,y in pairs])
+    return items,None if labels is None or labels.ndim != 1 else labels.tolist()
+
+def _closed(o):
+    "A file, or an image that is open but not read; anything else as it is"
+    if _is_packed(o): o = o.get('bytes') or o['path']
+    return Image.open(io.BytesIO(o)) if isinstance(o, bytes) else o
+
+def _class_numbers(source, files, vocab):
+    "The learner's numbers for the folders of classes at the top of `source`, None where it does not know them"
+    if not isinstance(source, _file) or not Path(source).is_dir() or not vocab: return None
+    numbers = {str(name): i for i,name in enumerate(vocab)}
+    labels = [numbers.get(class_of(file, source)) for file in files]
+    return None if None in labels else labels
 
 def _read(source, files, size):
     "The `files` as they are, with the class names and labels of a folder's own folders"
@@ -422,11 +448,15 @@ def opened(
     source = _plain(source)
     files = _files(source)
     if files is not None:
-        res = _through(learn.dls, files, train) if learn is not None else None
+        labels = None if learn is None or train else _class_numbers(source, files, getattr(learn.dls, 'vocab', None))
+        res = _through(learn.dls, files, train, labels) if learn is not None else None
         if res is None: res = _read(source, files, size)
         res.folders = _folders(source, files)
         res.files = files
         return res
+    rows = _rows_of_files(source) if learn is not None else None
+    res = _through(learn.dls, rows[0], train, rows[1]) if rows else None
+    if res is not None: return res
     if isinstance(source, _file): return image_batch(read_file(source), name)
     if isinstance(source, (Tensor,np.ndarray)): return image_batch(source, name)
     if _has_rows(source): return _rows(source, name)
@@ -439,8 +469,9 @@ def _plain(source):
     if isinstance(source, Mapping):
         x,y = pair(source)
         return _plain(x if y is None else list(zip(x, y)))
-    arrays = isinstance(source, tuple) and all(isinstance(o, (Tensor,np.ndarray)) for o in source)
-    if arrays and len(source) == 2 and source[1].ndim == 1: return list(zip(*source))
+    arrays = isinstance(source, (tuple,list)) and all(isinstance(o, (Tensor,np.ndarray)) for o in source)
+    labelled = arrays and len(source) == 2 and source[1].ndim == 1 and len(source[0]) == len(source[1])
+    if labelled: return list(zip(*source))
     if isinstance(source, L) and not isinstance(source, TfmdLists): return list(source)
     if getattr(getattr(source, 'dtype', None), 'kind', '') in ('O','U'): return list(source) # arrays of file names
     if not isinstance(source, Iterator): return source

@@ -69,6 +69,7 @@ def ood_metrics(
 # %% ../nbs/06_metrics.ipynb #8887c22b
 def _replicates(pairs, n_boot, seed):
     "Metrics (n_boot,5) of resampled images for each of `pairs`: scores (inliers, outliers) of the same images"
+    if n_boot < 1: raise ValueError(f'n_boot must be at least 1, not {n_boot}: an interval needs resamples')
     n,m = map(len, pairs[0])
     seed = np.atleast_1d(seed)
     rng_in = np.random.default_rng([seed[0], 0]) # inliers alike for all sets
@@ -253,6 +254,7 @@ def report_from_scores(
     seed=0, # of the resamples
 )->pd.DataFrame: # one row a set, then the means; with `n_boot` also columns such as AUROC_lo and AUROC_hi
     "What a detector's scores are worth on each set of outliers, and on average"
+    if not sets: raise ValueError('there are no sets to report on: give a dict of name and (group, scores)')
     rows = [report_row(name, group, scores_in, s) for name,(group,s) in sets.items()]
     df = pd.DataFrame(rows).set_index('set')
     if not n_boot: return report_means(df)
@@ -316,6 +318,7 @@ def calibration_bins(
     n_bins:int=15,
 )->pd.DataFrame: # one row a bin that is not empty: lo, hi, confidence, accuracy, n
     "Confidence and accuracy in bins of equal width"
+    if n_bins < 1: raise ValueError(f'n_bins must be at least 1, not {n_bins}')
     confidence = _scores(confidence, 'confidence')
     correct = _scores(correct, 'correct')
     for name,v in dict(confidence=confidence, correct=correct).items():

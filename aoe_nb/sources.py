@@ -7,7 +7,7 @@ __all__ = ['sources', 'data_home', 'fit', 'is_image', 'image_files', 'read_image
            'cached', 'Source', 'sources_table', 'on_disk', 'load']
 
 # %% ../nbs/13_sources.ipynb #0bc68e57
-import csv, hashlib, re, torch, warnings, zipfile, zlib, numpy as np, pandas as pd
+import csv, hashlib, os, re, torch, warnings, zipfile, zlib, numpy as np, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from .record import write_whole
 with warnings.catch_warnings():
     warnings.simplefilter('ignore') # fastai 2.8 calls the deprecated torch.jit.script when imported
     from fastai.data.external import URLs, fastai_cfg, untar_data
-    from fastai.data.transforms import get_files, image_extensions
+    from fastai.data.transforms import image_extensions
 
 # %% ../nbs/13_sources.ipynb #ef6183e5
 def data_home():
@@ -87,15 +87,35 @@ def _suffixes():
     readable = {suffix for suffix,kind in known if kind in Image.OPEN and kind not in _no_pictures}
     return readable | image_extensions | {'.heic','.heif','.mpo'}
 
-def is_image(path):
-    "Whether the name of a file ends like that of an image"
-    return Path(path).suffix.lower() in _suffixes()
+def _opens(path):
+    "Whether Pillow knows what is in a file"
+    try:
+        with Image.open(path): return True
+    except Exception: return False # it raises a dozen kinds
+
+def _is_loop(place, folder):
+    "Whether a link on the way from `folder` to `place` leads back to where one comes from"
+    way = [Path(folder)]
+    for part in place.relative_to(folder).parts: way.append(way[-1]/part)
+    return len({o.resolve() for o in way}) < len(way)
+
+def _walk(folder):
+    "All files below `folder` but hidden ones, each link followed once"
+    for place,folders,names in os.walk(folder, followlinks=True):
+        folders[:] = [o for o in folders if not o.startswith('.') and not _is_loop(Path(place)/o, folder)]
+        yield from (Path(place)/name for name in names if not name.startswith('.'))
+
+def is_image(path, suffixes=None):
+    "Whether the name of a file ends like that of an image or, if it has no ending, whether it is one"
+    suffix = Path(path).suffix.lower()
+    return suffix in (suffixes or _suffixes()) if suffix else _opens(path)
 
 def image_files(
     folder, # searched at any depth; hidden files and folders are left out
 )->list: # of paths, ordered by the number in their name where there is one
     "All image files below `folder`"
-    paths = get_files(folder, extensions=_suffixes())
+    suffixes = _suffixes()
+    paths = [path for path in _walk(Path(folder)) if is_image(path, suffixes)]
     if not paths: raise ValueError(f'no images below {folder}: give a folder of .png, .jpg or other image files')
     def key(path):
         number = re.match(r'\d+', path.stem)
@@ -108,6 +128,8 @@ def read_images(
     name='these files', # for errors
 )->np.ndarray: # uint8 (N,C,H,W)
     "All `files` as one array; those that cannot be read are named"
+    if size is not None and (not hasattr(size, '__index__') or size < 0):
+        raise ValueError(f'size is the side of a square, a whole number of pixels, not {size!r}')
     def read(file):
         try:
             if isinstance(file, Image.Image): return fit(file, size)

@@ -130,6 +130,10 @@ def test_refuses_a_broken_loss(digits, energy):
         mifgsm(digits, lambda x: x.sqrt().sum(), 0.1, 2)
     with pytest.raises(ValueError, match='does not depend on x'):
         fgsm(digits, lambda x: energy(x.detach().round()).detach(), 0.1)
+    body_without_gradients = torch.nn.Linear(64, 10)
+    with pytest.raises(ValueError, match='does not depend on x'):
+        pgd(digits, lambda x: body_without_gradients(x.detach().flatten(1)).sum(1), 0.1, 2)
+    assert no_gradient(digits, lambda x: body_without_gradients(x.detach().flatten(1)).sum(1)).all()
     for attack in apgd, square:
         with pytest.raises(FloatingPointError, match='NaN'):
             attack(digits, lambda x: energy(x) * float('nan'), 0.1, 5)

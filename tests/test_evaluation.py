@@ -262,3 +262,15 @@ def test_masking_of_the_bench_says_what_the_learner_warns_of(learn, some):
     assert len(said) == loud.suspicious.sum()
     assert said[0].filename == __file__, 'the warning points at the call'
     assert np.isclose(loud.value['images without gradient'], 1)
+
+
+@pytest.mark.parametrize('name', ['inliers', 'mean near', 'mean natural'])
+def test_a_set_by_the_name_of_another_row_is_refused(learn, some, name):
+    for report in learn.ood_report, learn.score_frame:
+        with pytest.raises(ValueError, match=f'may be called .{name}'):
+            report({name: some})
+
+
+def test_a_set_without_images_is_named(learn, some):
+    with pytest.raises(ValueError, match='no images in nothing'):
+        learn.ood_report({'some': some, 'nothing': some.take(slice(0, 0))})

@@ -3,7 +3,7 @@
 import json, numpy as np, pytest, subprocess, sys, torch
 from pathlib import Path
 from PIL import Image
-from aoe_nb.data import outliers
+from aoe_nb.data import Images, outliers
 from aoe_nb.generate import nearest
 
 COMMAND = str(Path(sys.executable).parent / 'aoe_generate')
@@ -80,3 +80,14 @@ def test_the_nearest_is_exact(kind):
     distance, index = nearest(known[:60], known[60:], bs=7)
     for i, gap in enumerate(gaps):
         assert gap[index[i]] <= gap.min() + 1e-9 and distance[i].item() == pytest.approx(gap.min().item(), rel=1e-6)
+
+
+def test_the_nearest_needs_one_kind():
+    known = torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8)
+    for some in known[3:5], Images(known[3:5]):
+        assert nearest(some, Images(known))[1].tolist() == [3, 4]
+    for some in known[:2] / 255, known[:2, :, :2], known[:2, :1]:
+        with pytest.raises(ValueError, match='one kind of images'):
+            nearest(some, known)
+    with pytest.raises(ValueError, match='no images'):
+        nearest(known, known[:0])

@@ -1,7 +1,8 @@
 "Intervals hold the truth as often as they promise, also for few images and good detectors; what is refused."
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from scipy import stats
+from aoe_nb.energy import entropy
 from aoe_nb.metrics import (
     bootstrap_interval,
     calibration_bins,
@@ -159,3 +160,21 @@ def test_calibration_refuses_other_answers_and_takes_rounding():
     with pytest.raises(ValueError, match='one confidence an image'):
         calibration_bins([0.5, 0.5], [1])
     assert calibration_bins(np.float32([1 + 1e-7, 0.5]), [True, False]).n.sum() == 2
+
+
+@pytest.mark.parametrize('n', [0, -1])
+def test_nothing_to_count_is_refused(n):
+    with pytest.raises(ValueError, match='n_boot must be at least 1'):
+        bootstrap_interval([1, 2], [3, 4], n)
+    with pytest.raises(ValueError, match='n_bins must be at least 1'):
+        calibration_bins([0.5], [1], n)
+    with pytest.raises(ValueError, match='no sets'):
+        report_from_scores([1, 2], {})
+
+
+def test_a_class_that_cannot_be_adds_no_entropy():
+    logits = torch.tensor([[2.0, 1.0]], requires_grad=True)
+    masked = torch.cat([logits, torch.full((1, 1), -torch.inf)], 1)
+    assert torch.equal(entropy(masked), entropy(logits))
+    grad, want = (torch.autograd.grad(entropy(o).sum(), logits)[0] for o in (masked, logits))
+    assert torch.equal(grad, want)

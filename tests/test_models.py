@@ -157,6 +157,74 @@ class WithShift(nn.Module):
         return self.norm(x, x.mean((1, 2, 3), keepdim=True))
 
 
+class Renorm(nn.Module):
+    "No subclass, averages under names of its own, and arithmetic by hand"
+
+    def __init__(self, c):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(c))
+        self.register_buffer('var', torch.ones(c))
+
+    def forward(self, x):
+        mean, var = self.mean, self.var
+        if self.training:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            self.mean.lerp_(mean.detach(), 0.1)
+            self.var.lerp_(var.detach(), 0.1)
+        return (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+
+
+class InABlock(nn.Module):
+    "PyTorch's function in the middle of a block that holds the layer"
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(c)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, training=self.training)
+
+
+class Centred(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+class PlacesFirst(nn.Module):
+    "Rows in the order of places: the first ones are not the inliers'"
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(c)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        rows = x.permute(2, 3, 0, 1).reshape(-1, c)
+        return self.norm(rows).view(h, w, n, c).permute(2, 3, 0, 1)
+
+
+class TwoViews(nn.Module):
+    "Each image and its mirror image, in one batch"
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(c)
+
+    def forward(self, x):
+        return sum(self.norm(torch.cat([x, x.flip(3)])).chunk(2))
+
+
+class Named2d(nn.Module):
+    "The layer's input by its name"
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(c)
+
+    def forward(self, x):
+        return self.norm(input=x)
+
+
 def on_rows(norm):
     "A layer of rows (N,C), fed with rows for each of 36 places"
 
@@ -197,6 +265,7 @@ MIXING = {
     'torch.batch_norm': lambda: Direct(8),
     'no subclass': lambda: NotASubclass(8),
     'by hand': lambda: ByHand(8),
+    'input by name': lambda: Named2d(8),
     'timm BatchNormAct2d': lambda: L.BatchNormAct2d(8),
     'timm SyncBatchNormAct': lambda: L.convert_sync_batchnorm(L.BatchNormAct2d(8, act_layer=nn.SiLU)),
 }
@@ -213,6 +282,11 @@ APART = {
 }
 REFUSED = {
     'activation by hand': (lambda: ByHandAct(8), 'ByHandAct'),
+    'no subclass, by hand': (lambda: Renorm(8), 'Renorm'),
+    'a function in a block': (lambda: InABlock(8), 'InABlock'),
+    'means of the batch': (lambda: Centred(8), 'Centred'),
+    'rows in another order': (lambda: PlacesFirst(8), 'BatchNorm1d'),
+    'two views': (lambda: TwoViews(8), 'BatchNorm2d'),
     'two inputs': (lambda: WithShift(8), 'Conditional'),
     'timm EvoNorm2dB0': (lambda: L.EvoNorm2dB0(8), 'EvoNorm2dB0'),
     'timm SplitBatchNorm2d': (lambda: L.convert_splitbn_model(nn.BatchNorm2d(8)), 'SplitBatchNorm2d'),
@@ -288,6 +362,31 @@ def test_a_scripted_network_is_refused(images):
         net = torch.jit.script(around(MIXING['BatchNorm2d'], x))
     with pytest.raises(ValueError, match='scripted'):
         split_pass(net, torch.cat([x, o]), 'inliers', len(x))
+
+
+@pytest.mark.parametrize('make', [Renorm, InABlock, Centred])
+def test_a_batch_that_is_mixed_by_hand_cannot_be_frozen(make, images):
+    x, o = images
+    net = around(lambda: make(8), x)
+    with pytest.raises(ValueError, match=make.__name__):
+        split_pass(net, torch.cat([x, o]), 'frozen', len(x))
+
+
+def test_averages_taken_away_after_the_layer_was_made(images):
+    x, o = images
+    net = around(lambda: nn.BatchNorm2d(8), x)
+    net[1].running_mean = net[1].running_var = None
+    want = split_pass(net, torch.cat([x, o]), 'separate', len(x))
+    for way in 'aux', 'frozen':
+        assert torch.equal(split_pass(net, torch.cat([x, o]), way, len(x)), want)
+
+
+def test_a_learner_looks_once_in_each_fit(plain):
+    learn = new_learner(nn.Sequential(nn.Conv2d(1, 8, 3), InABlock(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with pytest.raises(ValueError, match='InABlock.*mixed'), silent(learn):
+        learn.expose(CHINA).fit(1)
+    with silent(learn):
+        learn.expose(CHINA, bn='mixed').fit(1)
 
 
 def test_dropout_inside_a_layer_goes_on(images):

@@ -156,6 +156,30 @@ def test_what_nobody_can_read_is_not_left_out_silently(name, tmp_path):
     fails(lambda: outliers(tmp_path), contains=name)
 
 
+def test_files_without_an_ending_are_looked_into(tmp_path):
+    Image.fromarray(NOISE).save(tmp_path / '0.png')
+    (tmp_path / '0.png').rename(tmp_path / '0')
+    (tmp_path / 'README').write_text('no image')
+    eq(outliers(tmp_path).x[0].numpy(), NOISE.transpose(2, 0, 1))
+    eq(outliers(tmp_path / '0').x.shape, (1, 3, 16, 16))
+    (tmp_path / '1').write_bytes((tmp_path / '0').read_bytes()[:200])
+    fails(lambda: outliers(tmp_path), contains='/1 (')
+
+
+def test_a_link_that_leads_back_adds_nothing(tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(NOISE).save(tmp_path / 'a/0.png')
+    (tmp_path / 'a/loop').symlink_to(tmp_path)
+    (tmp_path / 'b').symlink_to(tmp_path / 'a')  # another class of the same images
+    eq(image_files(tmp_path), [tmp_path / 'a/0.png', tmp_path / 'b/0.png'])
+
+
+@pytest.mark.parametrize('size', [(8, 8), 8.5, -1, '8'])
+def test_a_size_is_the_side_of_a_square(size, tmp_path):
+    Image.fromarray(NOISE).save(tmp_path / '0.png')
+    fails(lambda: outliers(tmp_path, size=size), contains='side of a square')
+
+
 def test_the_systems_table_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.setattr(mimetypes, 'types_map', {})
     names = ['0.png', '1.JPG', '2.webp', '3.tif', '4.bmp', '5.ppm', '6.jp2', '7.tga']

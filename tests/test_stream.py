@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
+from fastai.data.load import DataLoader as FastaiLoader
 from fastai.vision.all import (
     CategoryBlock,
     ColReader,
@@ -39,6 +40,7 @@ import aoe_nb.exposure  # noqa: F401 (what Learner gains)
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.audit import audit
 from aoe_nb.data import Images, inliers, outliers
+from aoe_nb.evaluation import transfer_matrix
 from aoe_nb.generate import Generator, Mixed, PCAGaussian
 from aoe_nb.models import small_cnn
 from aoe_nb.stream import OutlierStream, pixel_batches
@@ -153,6 +155,9 @@ FORMS = {
     'loader without batches': lambda f: DataLoader(X, batch_size=None),
     'loader, channels last': lambda f: DataLoader(X.permute(0, 2, 3, 1), 7),
     'fastai loader': lambda f: china.take(slice(24)).dl(7, normalize=([0.3], [0.37])),
+    'fastai loader of dicts': lambda f: FastaiLoader([dict(image=x) for x in X], bs=7),
+    'fastai loader without batches': lambda f: FastaiLoader(X, bs=None),
+    'images and labels below zero': lambda f: [X, -torch.ones(24).long()],
     'list of batches': lambda f: list(X.split(7)),
     'generator of batches': lambda f: iter(X.split(7)),
     'generator of images': lambda f: iter(X / 255),
@@ -183,6 +188,30 @@ def test_a_report_takes_every_form_at_once(learn, files):
     df = learn.ood_report(forms).loc[list(forms)]
     eq(df.n_out.tolist(), [24] * len(forms))
     close(df.AUROC.astype(float), df.AUROC.iloc[0], 1e-6)
+
+
+@pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
+def test_inliers_come_in_every_form(form, learn, files):
+    df = learn.ood_report({'x': test}, inliers=form(files))
+    eq(df.n_in['x'], 24)
+    eq(df.attrs['id'], None)
+
+
+def test_a_generator_is_measured_more_than_once(learn):
+    def draw():
+        return iter(X)
+
+    sets = {'x': draw()}
+    want = learn.robustness_curve({'x': X}, [0, 0.02], FGSM)
+    eq(learn.robustness_curve(sets, [0, 0.02], FGSM), want)
+    eq(learn.masking_check(draw(), steps=2, n_queries=2).value, learn.masking_check(X, steps=2, n_queries=2).value)
+    matrix = transfer_matrix({'a': learn}, draw(), FGSM(0.02))
+    eq(matrix, transfer_matrix({'a': learn}, X, FGSM(0.02)))
+
+
+def test_labels_beyond_the_networks_classes_are_refused(learn):
+    for y in torch.arange(24), torch.arange(24) % 3 - 1:
+        fails(lambda: learn.id_report((X, y)), contains='number them as in training')
 
 
 def test_data_loaders(learn):
@@ -405,6 +434,37 @@ def test_files_go_through_the_learners_transforms(kw, photos, tmp_path):
     fails(lambda: again.ood_report({'x': other}), contains='inliers=')
 
 
+def test_rows_of_images_go_through_the_learners_transforms(photos):
+    learn = pipeline(photos)
+    files = sorted((photos / 'other').rglob('*.png'))
+    Image.open(files[0]).resize((20, 31)).save(photos.parent / 'small.png')
+    files = [*files, photos.parent / 'small.png']
+    want = by_hand(learn, files)
+    rows = {
+        'dicts': [dict(image=Image.open(o)) for o in files],
+        'packed': [dict(image=dict(bytes=png(o), path=None)) for o in files],
+        'paths': [dict(image=str(o)) for o in files],
+        'pairs': [(Image.open(o), -1) for o in files],
+        'bytes': [png(o) for o in files],
+    }
+    for source in rows.values():
+        close(learn.ood_scores(source), want, 1e-4)
+        fit(learn.expose(source), 1)
+        learn = pipeline(photos)
+    fails(lambda: fit(learn.expose([(Image.open(o), 1) for o in files]), 1), contains='look like inlier labels')
+
+
+def test_class_folders_are_labels_of_a_learners_pipeline(photos):
+    learn = pipeline(photos)
+    with learn.no_bar():
+        want = learn.validate()[0]
+    files = sorted((photos / 'valid').rglob('*.png'))
+    rows = [dict(image=Image.open(o), label='ab'.index(o.parent.name)) for o in files]
+    for source in photos / 'valid', rows:
+        close(learn.id_report(source)['NLL'], want, 1e-4)
+    fails(lambda: learn.id_report(photos / 'other'), contains='have none')
+
+
 def test_images_of_a_wrong_size_are_refused_where_no_transform_helps(photos):
     learn = pipeline(photos)
     whole = outliers(photos / 'other')
@@ -500,6 +560,10 @@ def test_the_audit_takes_every_form(files):
     table = audit(known, exposed=files, sets=dict(leak=train.x[:3] / 255, folder=files[0].parent), near=False)
     faults = table[(table.check == 'duplicates') & (table.verdict == 'fault')]
     assert set(faults.of) == {'leak', 'exposed'}  # training images, and the folder's in the files
+
+
+def test_an_audit_of_no_images_is_refused():
+    fails(lambda: audit(dict(train=train), exposed=X[:0]), contains='no images in exposed')
 
 
 def test_files_come_from_several_processes(photos):
