@@ -6,7 +6,7 @@
 __all__ = ['images_needed', 'allowed_above', 'Conformal']
 
 # %% ../nbs/22_conformal.ipynb #c0f20002
-import math, numpy as np, torch
+import math, torch
 from scipy import stats
 from torch import Tensor
 

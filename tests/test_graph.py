@@ -25,7 +25,6 @@ from torch import nn
 import aoe_nb.graph as room
 from aoe_nb.data import inliers
 from aoe_nb.energy import energy
-from aoe_nb.evaluation import on_input
 from aoe_nb.graph import Graph, flag_script, open_graph, resized
 from aoe_nb.images import Images
 from aoe_nb.models import imagenet_stats, small_cnn, with_stats
