@@ -93,8 +93,9 @@ def _judged(det, files, bs):
 
 @contextmanager
 def _ctrl_c():
-    "Hear Ctrl-C also where Python drops it, as while the processes of a loader are taken down"
+    "Hear Ctrl-C also where Python drops it, as while the processes of a loader are started or taken down"
     usual = signal.getsignal(signal.SIGINT)
+    complain = sys.unraisablehook
     if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -102,9 +103,14 @@ def _ctrl_c():
     def hear(*args):
         heard.append(args)
         usual(*args)
+    def dropped(o):
+        if o.exc_type is not KeyboardInterrupt: complain(o)
     signal.signal(signal.SIGINT, hear)
+    sys.unraisablehook = dropped
     try: yield
-    finally: signal.signal(signal.SIGINT, usual)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        sys.unraisablehook = complain
     if heard: raise KeyboardInterrupt
 
 _columns = 'file','class','probability','score','p','outlier'
@@ -118,7 +124,7 @@ def judge_files(
     for part in chunked(files, 8*bs):
         good,bad = _sorted_out(part)
         with _ctrl_c(): rows,others = _judged(det, good, bs)
-        yield pd.concat(rows) if rows else pd.DataFrame(columns=_columns),bad | others
+        yield pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=_columns),bad | others
 
 # %% ../nbs/26_sheet.ipynb #5ee70015
 def _picture(path):
@@ -296,7 +302,7 @@ def write_report(
     beside = out.with_suffix('.csv')
     check_writable(out.parent)
     files = files_below(folder, leave=(out, beside))
-    parts = [pd.DataFrame(columns=_columns)]
+    parts = []
     unreadable = {}
     with beside.open('w', encoding='utf-8', newline='') as f, _bar(len(files)) as bar:
         csv.writer(f).writerow(_columns)
@@ -306,7 +312,7 @@ def write_report(
             parts.append(part)
             unreadable |= bad
             bar.update(len(part) + len(bad))
-    table = pd.concat(parts[1:], ignore_index=True) if len(parts) > 1 else parts[0]
+    table = pd.concat([o for o in parts if len(o)] or parts[:1], ignore_index=True)
     write_whole(out, report_html(table, unreadable, det, folder, n, model))
     return _named(table, folder),{_name(file, folder): why for file,why in unreadable.items()}
 
