@@ -267,7 +267,7 @@ def _detectable(model, folder):
     "Refuse a model or a folder that is not there"
     if not model or not folder: raise ValueError('give a model and a folder, as in aoe_detect export.pkl photos')
     if not Path(model).is_file():
-        raise ValueError(f'there is no file {model}: give one that learn.export wrote, of a learner with a detector')
+        raise ValueError(f'there is no file {model}: give one of det.export, or of learn.export, of a learner with a detector')
     if not Path(folder).exists(): raise ValueError(f'there is neither a folder nor a file {folder}')
     empty = Path(folder).is_dir() and not any(names for _,_,names in os.walk(folder))
     if empty: raise ValueError(f'{folder} is empty: give a folder of images')
@@ -291,14 +291,14 @@ def _print_each(lines):
 # %% ../nbs/21_cli.ipynb #21c00034
 @command('finished rows are in the .csv beside {out} (--jsonl: were printed), the same command starts over', subjects=2)
 def aoe_detect(
-    model:str='', # File of learn.export; it can run code, so give only what you trust
+    model:str='', # A .onnx or .pt2 file, or one of learn.export, which can run code: only what you trust
     folder:str='', # Folder of images, searched at any depth, or one image
     out:str='report.html', # Page to write; a table, the .csv of the same name, comes beside it
     n:int=24, # Number of most suspicious images that the page shows
     jsonl:bool=False, # Print one JSON object for each file, for pipes, and write nothing
     bs:int=64, # Images that go through the network at a time
 ):
-    """Say which images of a folder are outliers, by an exported learner that has a detector (learn.ood_detector).
+    """Say which images of a folder are outliers, by a detector that was exported (learn.ood_detector).
 
     Files that cannot be read are listed in the report. Neither they nor outliers are an error."""
     _detectable(model, folder)

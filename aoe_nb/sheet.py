@@ -7,7 +7,7 @@ __all__ = ['files_below', 'judge_files', 'thumbnail', 'headline', 'report_html',
            'score_card', 'drop_zone']
 
 # %% ../nbs/26_sheet.ipynb #5ee70002
-import base64, csv, gc, hashlib, json, math, pandas as pd, signal, sys, threading, torch
+import base64, csv, gc, hashlib, json, math, numpy as np, pandas as pd, signal, sys, threading, torch
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from io import BytesIO
@@ -20,6 +20,7 @@ from fastcore.xml import Safe, Section, Strong, Style, Table, Tbody, Td, Th, The
 from fastai.data.transforms import get_files
 from fastai.learner import Learner
 from .detector import Detector
+from .graph import open_graph, resized
 from .record import check_writable, write_whole
 from .sources import fit, image_files, is_image
 from .stream import given, pixel_batches
@@ -338,13 +339,11 @@ def json_lines(
 
 # %% ../nbs/26_sheet.ipynb #5ee70028
 def open_detector(
-    path, # that `learn.export` wrote; it can run code, so open only what you trust
+    path, # .onnx or .pt2 of `det.export`, or what `learn.export` wrote: that can run code, so open only what you trust
     bs:int=64, # images that go through the network at a time
 ): # takes a list of files and `bs`; `.about` says where it comes from, its repr what it promises
     "The detector in a file"
-    suffix = Path(path).suffix.lower()
-    if suffix in ('.onnx','.pt2'):
-        raise ValueError(f'{path}: detectors in {suffix} files cannot be opened here yet, give a file of learn.export')
+    if Path(path).suffix in ('.onnx','.pt2'): return _OfGraph(path)
     learn = _open_learner(path)
     det = vars(learn).get('detector')
     if not isinstance(det, Detector):
@@ -363,6 +362,42 @@ def _open_learner(path):
         raise ValueError(f'{path} holds a {type(res).__name__}, not a learner: give a file that learn.export wrote')
     res.dls.cpu()
     return res
+
+# %% ../nbs/26_sheet.ipynb #5ee71001
+class _OfGraph:
+    "A detector in a .onnx or .pt2 file, called like a `Detector` on a list of files"
+    def __init__(self, path):
+        try: self.run,self.about = open_graph(path)
+        except ImportError as e: raise ImportError(f"{path} needs {e.name}: pip install 'aoe_nb[onnx]'") from None
+        except Exception as e: # each runtime raises its own
+            raise ValueError(f'{path} holds no graph of a detector ({_reason(e, path)}): '
+                             'give a file that det.export wrote') from None
+
+    def __call__(self, files, bs=64):
+        return pd.concat([self.rows(part) for part in chunked(files, bs)], ignore_index=True)
+
+    def pixels(self, file):
+        "The image in a file as the graph takes it"
+        shape = self.about['shape']
+        with Image.open(file) as im: x = resized(im, self.about['resize'])
+        if list(x.shape[1:]) != shape[1:]: raise ValueError(f'it is {x.shape}, not {shape}')
+        return np.broadcast_to(x, shape)
+
+    def rows(self, files):
+        "What the graph says of one batch of files"
+        x = np.stack([self.pixels(o) for o in files])
+        if self.about['pixels'] == 'float': x = x.astype(np.float32)/255
+        said = self.run(x)
+        names = [self.about['classes'][i] for i in said.pop('label')]
+        return pd.DataFrame({'file': [str(o) for o in files], 'class': names} | said)
+
+    def __repr__(self):
+        about = self.about
+        limit = 'the threshold of its class' if about['by'] else f'{about["threshold"]:.4g}'
+        sure = f'with {about["confidence"]:.0%} confidence' if about['confidence'] else 'on average'
+        return (f'Detector by {about["score"]}: above {limit} an image is flagged, {sure} at most {about["fpr"]:.2%} '
+                f'of new inliers (from {about["n"]:,} held-out inliers). Calibrated on {about["on"]}, '
+                'for new images like those.')
 
 # %% ../nbs/26_sheet.ipynb #5ee7002c
 def _card_of(det, row):

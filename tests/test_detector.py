@@ -198,7 +198,9 @@ def test_rates_by_hand(learn, det, strange):
         assert np.isclose(report.found[name], found)
         assert report.found_lo[name] <= found <= report.found_hi[name]
     beside = learn.ood_report(strange)
-    assert np.allclose(beside.found[list(strange)], report.found) and np.allclose(beside.flagged, report.flagged.iloc[0])
+    assert np.allclose(beside.found[list(strange)], report.found) and np.allclose(
+        beside.flagged, report.flagged.iloc[0]
+    )
     assert np.isclose(beside.found['mean natural'], report.found.mean())
     assert 'found' not in learn.ood_report(strange, score='msp')
 

@@ -309,7 +309,7 @@ def test_what_cannot_be_meant(detect, home, mess, tmp_path):
     assert 'cannot be opened as a learner' in detect(mess / 'letter.png', mess)
     for suffix in 'onnx', 'pt2':
         (tmp_path / f'd.{suffix}').touch()
-        assert 'give a file of learn.export' in detect(tmp_path / f'd.{suffix}', mess)
+        assert 'holds no graph of a detector' in detect(tmp_path / f'd.{suffix}', mess)
     (tmp_path / 'nothing').mkdir()
     assert f'{tmp_path / "nothing"} is empty' in detect(model, tmp_path / 'nothing')
     assert 'there is neither a folder nor a file' in detect(model, tmp_path / 'x')
@@ -321,6 +321,18 @@ def test_what_cannot_be_meant(detect, home, mess, tmp_path):
     (tmp_path / 'text/a.txt').write_text('a')
     assert 'no images below' in detect(model, tmp_path / 'text', str(tmp_path / 'report.html'))
     assert not (tmp_path / 'report.html').exists() and not (tmp_path / 'report.csv').exists()
+
+
+@pytest.mark.parametrize('suffix', ['onnx', 'pt2'])
+def test_a_graph_judges_the_same_files(detect, home, mess, tmp_path, suffix):
+    det = sheet.open_detector(home / 'export.pkl')
+    model = det.export(tmp_path / f'd.{suffix}')
+    detect(home / 'export.pkl', mess, str(tmp_path / 'learner.html'))
+    detect(model, mess, str(tmp_path / 'graph.html'))
+    ours, theirs = (pd.read_csv(tmp_path / f'{name}.csv') for name in ('learner', 'graph'))
+    assert theirs.file.tolist() == ours.file.tolist()
+    assert theirs.outlier.tolist() == ours.outlier.tolist()
+    assert (theirs.score - ours.score).abs().max() < 1e-4
 
 
 def test_the_learner_decides_how_many_at_a_time(home):
