@@ -6,7 +6,7 @@
 __all__ = ['Graph', 'resized', 'open_graph', 'flag_folder', 'flag_script']
 
 # %% ../nbs/25_graph.ipynb #97a90002
-import csv, inspect, io, json, logging, numpy as np, re, sys, torch, warnings
+import csv, inspect, io, json, logging, math, numpy as np, re, sys, torch, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from .detector import Detector
 from .evaluation import on_input
 from .images import Images
 from .loaders import Pixels, batches_of, opened
-from .models import as_input, get_logits, precision
+from .models import get_logits, precision
 from .record import check_writable, write_whole
 
 # %% ../nbs/25_graph.ipynb #97a9000b
@@ -41,10 +41,13 @@ def _copied(model):
         for name,child in parent.named_children(): setattr(parent, name, _unwrapped(child))
     return model
 
-def _table(rules):
-    "The scores, their number and how many may lie above, a row for each rule"
-    known = nn.utils.rnn.pad_sequence([o.known for o in rules], batch_first=True, padding_value=torch.nan)
-    return known,torch.tensor([float(o.n) for o in rules]),torch.tensor([o.allowed for o in rules])
+def _in_blocks(rules):
+    "The known scores of each rule, ascending, in about as many blocks as one block holds; NaN where there are fewer"
+    n = max(o.n for o in rules)
+    size = math.ceil(n**.5)
+    known = torch.full((len(rules), math.ceil(n/size)*size), torch.nan)
+    for row,o in zip(known, rules): row[-o.n:] = o.known
+    return known.view(len(rules), -1, size)
 
 # %% ../nbs/25_graph.ipynb #97a9000c
 class Graph(nn.Module):
@@ -59,39 +62,61 @@ class Graph(nn.Module):
         self.net = _copied(det.learn.model)
         self.score = _copied(det.score) if isinstance(det.score, nn.Module) else det.score
         self.pixels = pixels
-        self.norm = Pixels(det.learn.dls.train).norm is not None
-        for name,o in zip(('mean','std'), det.about['normalize'] or ()):
-            self.register_buffer(name, torch.tensor(o).view(1,-1,1,1))
-        for name,o in zip(('rows','columns'), sizes or (None,None)): self.register_buffer(name, o)
+        norm = Pixels(det.learn.dls.train).norm
+        self.norm = norm is not None
+        for name in ('mean','std') if self.norm else ():
+            self.register_buffer(name, getattr(norm, name).detach().as_subclass(torch.Tensor).float().cpu())
+        self.resizes = sizes is not None
+        for name,o in zip(('rows','columns'), sizes or ()): self.register_buffer(name, o)
         self.by_class = det.by is not None
-        for name,o in zip(('known','n','allowed'), _table(det.rules.values())): self.register_buffer(name, o)
+        rules = list(det.rules.values())
+        self.register_buffer('known', _in_blocks(rules))
+        self.register_buffer('n', torch.tensor([o.n for o in rules]))
+        self.register_buffer('allowed', torch.tensor([o.allowed for o in rules]))
 
-    def inputs(self, x):
-        "What the network takes of images in [0,1]"
-        if self.rows is not None: x = self.rows @ x @ self.columns.T
-        if self.norm: x = (x-self.mean)/self.std
-        return as_input(self.net, x)
+# %% ../nbs/25_graph.ipynb #97a9000e
+@patch
+def reached_by(self:Graph, score, rule):
+    "How many known scores are at least as high: whole blocks of them, and some of the lowest one that is reached"
+    highest = self.known[:,:,-1][rule]
+    blocks = (highest >= score[:,None]).sum(1)
+    lowest = (highest.shape[1]-blocks).clamp(max=highest.shape[1]-1)
+    some = (self.known[rule,lowest] >= score[:,None]).sum(1)
+    return (blocks-1).clamp(min=0)*self.known.shape[2] + some
 
-    def judge(self, score, label):
-        "The p-value and the flag of each score"
-        known,n,allowed = self.known,self.n,self.allowed
-        if self.by_class: known,n,allowed = known[label],n[label],allowed[label]
-        reached = (known >= score[:,None]).sum(1)
-        return (1+reached)/(n+1),reached <= allowed
-
-    def forward(self, pixels):
-        x = pixels.float()/255 if self.pixels == 'uint8' else pixels.clamp(0, 1)
-        logits = get_logits(self.net(self.inputs(x))).float()
-        probability,label = logits.softmax(1).max(1)
-        if isinstance(self.score, on_input): score = self.score(self.net, self.inputs(x)).float()
-        else: score = self.score(logits).float()
-        if self.pixels == 'float':
-            inside = ((pixels-x).abs() <= 1e-3).flatten(1).all(1)
-            score = torch.where(inside, score, torch.nan)
-        p,outlier = self.judge(score, label)
-        return dict(label=label, probability=probability, score=score, p=p, outlier=outlier)
+@patch
+def judge(self:Graph, score, label):
+    "The p-value and the flag of each score"
+    rule = label if self.by_class else torch.zeros_like(label)
+    reached = self.reached_by(score, rule)
+    return (1+reached)/(self.n[rule]+1),reached <= self.allowed[rule]
 
 # %% ../nbs/25_graph.ipynb #97a90010
+def _inside(pixels):
+    "Which images lie in [0,1], but for rounding errors"
+    return ((pixels >= -1e-3) & (pixels <= 1+1e-3)).flatten(1).all(1)
+
+@patch
+def inputs(self:Graph, x):
+    "What the network takes of images in [0,1]"
+    if self.resizes: x = self.rows @ x @ self.columns.T
+    if self.norm: x = (x-self.mean)/self.std
+    return x.to(precision(self.net) or x.dtype)
+
+@patch
+def forward(self:Graph, pixels):
+    x = pixels.float()/255 if self.pixels == 'uint8' else pixels.clamp(0, 1)
+    of_inputs = isinstance(self.score, on_input)
+    again = x.clone() if of_inputs else None # the network may write on its inputs
+    logits = get_logits(self.net(self.inputs(x))).float()
+    probability,label = logits.softmax(1).max(1)
+    if of_inputs: score = self.score(self.net, self.inputs(again)).float()
+    else: score = self.score(logits).float()
+    if self.pixels == 'float': score = torch.where(_inside(pixels), score, torch.nan)
+    p,outlier = self.judge(score, label)
+    return dict(label=label, probability=probability, score=score, p=p, outlier=outlier)
+
+# %% ../nbs/25_graph.ipynb #97a90014
 def resized(
     image, # PIL image
     rule:dict, # how it becomes what the network takes; None: as it is
@@ -100,8 +125,7 @@ def resized(
     if rule is None:
         image = ImageOps.exif_transpose(image)
         if image.mode not in ('1','L','RGB'): raise ValueError(f'is {image.mode}: save it in grey or RGB with 8 bits')
-        image = image.convert('L' if image.mode == '1' else image.mode)
-        return np.atleast_3d(image).transpose(2,0,1)
+        rule = dict(method=None, mode='RGB' if image.mode == 'RGB' else 'L')
     pixels = np.asarray(image.convert(rule['mode']))
     if rule['method'] is None: return np.atleast_3d(pixels).transpose(2,0,1)
     to_width,to_height = rule.get('resize_to', rule['size'])
@@ -114,13 +138,12 @@ def resized(
         pixels = pixels[max(top,0):max(top,0)+h, max(left,0):max(left,0)+w]
         around = (max(-top,0), max(h-height+top,0)),(max(-left,0), max(w-width+left,0)),(0,0)
         pixels = np.pad(pixels, around[:pixels.ndim], rule['pad_mode'])
-    how = Image.Resampling[rule['resample'].upper()]
-    image = Image.fromarray(pixels).resize((to_width,to_height), how)
+    image = Image.fromarray(pixels).resize((to_width,to_height), Image.Resampling[rule['resample'].upper()])
     left,top = (image.width-rule['size'][0])//2,(image.height-rule['size'][1])//2
     image = image.crop((left, top, left+rule['size'][0], top+rule['size'][1]))
     return np.atleast_3d(image).transpose(2,0,1)
 
-# %% ../nbs/25_graph.ipynb #97a90013
+# %% ../nbs/25_graph.ipynb #97a90017
 _pads = dict(zeros='constant', border='edge', reflection='reflect')
 
 def _words(step, mode):
@@ -156,7 +179,7 @@ def _matrices(step, shape):
     if not torch.allclose(rows @ x @ columns.T, want, atol=1e-4): raise _cannot_travel(step)
     return rows,columns
 
-# %% ../nbs/25_graph.ipynb #97a90014
+# %% ../nbs/25_graph.ipynb #97a90018
 def _rule_of(loader, shape):
     "How single files become images, refused where it cannot be said; None: as they are"
     if isinstance(loader, Images): return None
@@ -205,7 +228,7 @@ def _learned(learn, shape):
                                  'say with resize= how a file becomes an image')
     return rule,sizes
 
-# %% ../nbs/25_graph.ipynb #97a90019
+# %% ../nbs/25_graph.ipynb #97a9001d
 def _given_rule(rule, shape):
     "A rule that was given by hand, with what it leaves out, or an error that says what is wrong with it"
     usual = dict(size=[shape[2],shape[1]], method='crop', pad_mode='reflect', resample='bilinear')
@@ -232,7 +255,7 @@ def _shape(det, size):
         raise ValueError(f'the detector was made with images of {known}, not {shape}: leave size= out')
     return shape
 
-# %% ../nbs/25_graph.ipynb #97a9001d
+# %% ../nbs/25_graph.ipynb #97a90021
 def open_graph(
     path, # of a .onnx or .pt2 file
 ): # function of images (N,C,H,W) -> dict of arrays (N,), what is known of the detector
@@ -272,7 +295,7 @@ def flag_folder(
         label = about['classes'][out.pop('label')]
         rows.writerow([file, label, *out.values()])
 
-# %% ../nbs/25_graph.ipynb #97a9001f
+# %% ../nbs/25_graph.ipynb #97a90023
 _head = '''"Flags outliers among photos, as a detector's graph has learned to: python flag.py detector.onnx FOLDER"
 import csv, json, sys
 import numpy as np
@@ -290,7 +313,7 @@ def flag_script(
     write_whole(path, _head + '\n'.join(parts) + '\n' + main)
     return Path(path)
 
-# %% ../nbs/25_graph.ipynb #97a90021
+# %% ../nbs/25_graph.ipynb #97a90025
 @contextmanager
 def _quietly():
     "Without what exporters print, log and warn of"
@@ -322,7 +345,7 @@ def _traced(graph, x, name):
     except Exception: what = 'the network'
     raise ValueError(f'{what} cannot be followed into a graph ({why}): ship the learner itself with learn.export')
 
-# %% ../nbs/25_graph.ipynb #97a90022
+# %% ../nbs/25_graph.ipynb #97a90026
 def _pt2(program, x, about):
     "The bytes of a .pt2 file"
     program.example_inputs = None # nothing that needs a pickle
@@ -353,7 +376,7 @@ def _kind(path):
     if missing: raise ImportError(f"an .onnx file needs {', '.join(missing)}: pip install 'aoe_nb[onnx]'")
     return _kinds[path.suffix]
 
-# %% ../nbs/25_graph.ipynb #97a90024
+# %% ../nbs/25_graph.ipynb #97a90028
 def _try(data, path, graph, shape):
     "Open the bytes as a user will, and compare with the module"
     tolerance = .05 if precision(graph.net) in (torch.float16,torch.bfloat16) else 1e-3

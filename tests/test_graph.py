@@ -89,7 +89,8 @@ def mixtures(n, shape):
 
     noise = torch.randint(256, (n, *shape), generator=gen).float()
     share = torch.rand(n, 3, generator=gen).pow(3)
-    share[:900] = torch.eye(3).repeat_interleave(300, 0)
+    pure = min(n // 4, 300)
+    share[: 3 * pure] = torch.eye(3).repeat_interleave(pure, 0)
     share = (share / share.sum(1, keepdim=True))[:, :, None, None, None]
     parts = noise, drawn(inliers('digits7', 'test').x), drawn(pieces(shape[1]).x)
     return sum(share[:, i] * part for i, part in enumerate(parts)).byte()
@@ -97,7 +98,7 @@ def mixtures(n, shape):
 
 def net_of_timm():
     timm = pytest.importorskip('timm')
-    return timm.create_model('mobilenetv3_small_050', num_classes=2)
+    return timm.create_model('resnet10t', num_classes=2)
 
 
 def compare(det, x, got):
@@ -142,7 +143,7 @@ def test_the_same_flags_elsewhere(digits, tmp_path):
         n = 10_000 if name == 'energy' else 2_000
         np.save(tmp_path / f'{name}.npy', mixtures(n, det.about['shape']).numpy())
         det.export(tmp_path / f'{name}.onnx', pixels='float' if name == 'stats' else 'uint8')
-        if name not in ('msp', 'entropy', 'stats'):
+        if name in ('energy', 'normalised', 'by'):
             det.export(tmp_path / f'{name}.pt2')
     code = """
 import numpy as np
@@ -158,7 +159,7 @@ for file in sorted([*Path().glob('*.onnx'), *Path().glob('*.pt2')]):
 """
     elsewhere(code, tmp_path)
     files = [*tmp_path.glob('*.onnx'), *tmp_path.glob('*.pt2')]
-    assert len(files) == 13
+    assert len(files) == 11
     for file in files:
         det = made[file.stem]
         x = np.load(tmp_path / f'{file.stem}.npy')
@@ -192,8 +193,14 @@ def photos(tmp_path_factory):
 
 
 def of_files(photos, net, item, batch=(), block=ImageBlock):
-    data = DataBlock((block, CategoryBlock), get_image_files, get_y=parent_label, splitter=RandomSplitter(0.5, seed=0))
-    data = data.new(item_tfms=item, batch_tfms=list(batch))
+    data = DataBlock(
+        blocks=(block, CategoryBlock),
+        get_items=get_image_files,
+        get_y=parent_label,
+        splitter=RandomSplitter(0.5, seed=0),
+        item_tfms=item,
+        batch_tfms=list(batch),
+    )
     torch.manual_seed(0)
     return Learner(data.dataloaders(photos / 'pieces', bs=16, num_workers=0), net)
 
@@ -205,8 +212,8 @@ def test_photos_at_full_size(photos, tmp_path):
     learners = {
         'crop.onnx': of_files(photos, small_cnn(3, 2), Resize(32)),
         'squish.pt2': of_files(photos, small_cnn(3, 2), Resize((24, 32), 'squish'), [norm]),
-        'pad.onnx': of_files(photos, small_cnn(1, 2), Resize(32, 'pad', pad_mode='reflection'), block=grey),
-        'zeros.onnx': of_files(photos, small_cnn(3, 2), Resize((31, 20), 'pad', pad_mode='zeros'), [norm]),
+        'pad.pt2': of_files(photos, small_cnn(1, 2), Resize(32, 'pad', pad_mode='reflection'), block=grey),
+        'zeros.pt2': of_files(photos, small_cnn(3, 2), Resize((31, 20), 'pad', pad_mode='zeros'), [norm]),
         'random.pt2': of_files(photos, small_cnn(3, 2), RandomResizedCrop(32)),
         'twice.onnx': of_files(photos, small_cnn(3, 2), Resize(71), [*aug_transforms(size=(32, 24)), norm]),
     }
@@ -214,9 +221,9 @@ def test_photos_at_full_size(photos, tmp_path):
     learners['twice.onnx'].export(tmp_path / 'learner.pkl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        learners['loaded.onnx'] = load_learner(tmp_path / 'learner.pkl')
+        learners['loaded.pt2'] = load_learner(tmp_path / 'learner.pkl')
     for name, learn in learners.items():
-        if name != 'loaded.onnx':
+        if name != 'loaded.pt2':
             learn.ood_detector(fpr=0.1, confidence=None)
         learn.detector.export(tmp_path / name)
     code = f"""
@@ -225,7 +232,7 @@ for name in {list(learners)}:
     with open(name + '.csv', 'w') as f, redirect_stdout(f): flag['flag_folder'](name, {str(photos / 'new')!r})
 """
     errors = elsewhere(code, tmp_path).stderr
-    assert errors.count('notes.txt') == len(learners)
+    assert errors.count('cannot identify image file') == len(errors.splitlines()) == len(learners)
     for name, learn in learners.items():
         got = pd.read_csv(tmp_path / f'{name}.csv')
         assert len(got) == 4
@@ -345,8 +352,8 @@ frozen = []
 
 
 def frozen_constant(logits):
-    "Takes its second number from Python, from whatever came first"
-    frozen.append(len(logits))
+    "Counts its calls in Python, which a graph cannot"
+    frozen.append(0)
     return logits.sum(1) + 10 * len(frozen)
 
 
@@ -367,7 +374,7 @@ refused = dict(
     resize=('d.pt2', dict(resize=dict(side=8)), 'resize has no side'),
     method=('d.pt2', dict(resize=dict(method='zoom')), 'crop, squish or pad'),
     score=('d.pt2', dict(score=unfollowed), 'the score unfollowed cannot be followed'),
-    operator=('d.onnx', dict(score=no_counterpart), 'no counterpart of aten.special_bessel_j0'),
+    operator=('d.onnx', dict(score=no_counterpart), 'no counterpart of .*bessel_j0: write a .pt2'),
     frozen=('d.pt2', dict(score=frozen_constant), 'does not do what the detector does'),
 )
 
