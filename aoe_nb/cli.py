@@ -267,7 +267,7 @@ def _detectable(model, folder):
     "Refuse a model or a folder that is not there"
     if not model or not folder: raise ValueError('give a model and a folder, as in aoe_detect export.pkl photos')
     if not Path(model).is_file():
-        raise ValueError(f'there is no file {model}: give one of det.export, or of learn.export, of a learner with a detector')
+        raise ValueError(f'there is no file {model}: give one that det.export wrote, or learn.export with a detector')
     if not Path(folder).exists(): raise ValueError(f'there is neither a folder nor a file {folder}')
     empty = Path(folder).is_dir() and not any(names for _,_,names in os.walk(folder))
     if empty: raise ValueError(f'{folder} is empty: give a folder of images')
