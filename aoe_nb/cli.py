@@ -6,7 +6,7 @@
 __all__ = ['command', 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_audit', 'aoe_detect']
 
 # %% ../nbs/21_cli.ipynb #21c00002
-import csv, os, re, sys, time
+import csv, os, re, sys, time, warnings
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
 from functools import partial, wraps
 from importlib.resources import files
@@ -58,6 +58,7 @@ def command(
         @wraps(f)
         def run(*args, **kwargs):
             as_program = Path(sys.argv[0]).stem == name
+            if as_program: warnings.simplefilter('ignore', FutureWarning) # of one library to another
             try:
                 if as_program and not args and not kwargs: kwargs = _arguments(f, sys.argv[1:], subjects)
                 return f(*args, **kwargs)
