@@ -85,5 +85,5 @@ class Conformal:
 
     def __repr__(self):
         sure = 'on average' if self.confidence is None else f'with {self.confidence:.0%} confidence'
-        return (f'above {self.threshold:.4g} an image is flagged, {sure} at most {self.fpr:.2%} of new inliers '
-                f'(from {self.n:,} held-out inliers)')
+        return (f'above {self.threshold:.4g} (p at most {self.level:.3g}) an image is flagged, {sure} at most '
+                f'{self.fpr:.2%} of new inliers (from {self.n:,} held-out inliers)')

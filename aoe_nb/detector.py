@@ -240,7 +240,7 @@ def show(
     for ax in axs.flat: ax.axis('off')
     for ax,x,(_,o) in zip(axs.flat, self._pictures(source, list(df.index), bs), df.iterrows()):
         ax.imshow(x.cpu().permute(1,2,0).expand(-1,-1,3), vmin=0, vmax=1)
-        ax.set_title(f'{o["class"]} {o.score:.2f}\np {o.p:.3f}', fontsize=8, color='C1' if o.outlier else 'k')
+        ax.set_title(f'{o["class"]}, score {o.score:.2f}\np {o.p:.3f}', fontsize=8, color='C1' if o.outlier else 'k')
     fig.tight_layout()
     return axs
 

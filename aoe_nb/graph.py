@@ -304,13 +304,20 @@ from PIL import Image, ImageOps
 
 '''
 
+_tail = '''
+if __name__ == '__main__':
+    if len(sys.argv) != 3: sys.exit(__doc__)
+    for path in sys.argv[1:]:
+        if not Path(path).exists(): sys.exit(f'there is no {path}: {__doc__}')
+    flag_folder(*sys.argv[1:])
+'''
+
 def flag_script(
     path='flag.py',
 )->Path:
     "Write a program that flags the images of a folder by an exported detector, without fastai and this library"
     parts = [inspect.getsource(o) for o in (resized, open_graph, flag_folder)]
-    main = "if __name__ == '__main__': flag_folder(*sys.argv[1:])\n"
-    write_whole(path, _head + '\n'.join(parts) + '\n' + main)
+    write_whole(path, _head + '\n'.join(parts) + _tail)
     return Path(path)
 
 # %% ../nbs/25_graph.ipynb #97a90025

@@ -19,6 +19,7 @@ from fastcore.xml import Body, Div, Figcaption, Figure, H1, H2, Head, Html, Img,
 from fastcore.xml import Safe, Section, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
 from fastai.data.transforms import get_files
 from fastai.learner import Learner
+from .conformal import allowed_above
 from .detector import Detector
 from .graph import open_graph, resized
 from .record import check_writable, write_whole
@@ -394,6 +395,9 @@ class _OfGraph:
     def __repr__(self):
         about = self.about
         limit = 'the threshold of its class' if about['by'] else f'{about["threshold"]:.4g}'
+        if about['by'] is None:
+            above = allowed_above(about['n'], about['fpr'], about['confidence'])
+            limit += f' (p at most {(above+1)/(about["n"]+1):.3g})'
         sure = f'with {about["confidence"]:.0%} confidence' if about['confidence'] else 'on average'
         return (f'Detector by {about["score"]}: above {limit} an image is flagged, {sure} at most {about["fpr"]:.2%} '
                 f'of new inliers (from {about["n"]:,} held-out inliers). Calibrated on {about["on"]}, '
