@@ -209,9 +209,9 @@ def rules_measured(
     n_starts=5, # that a verdict needs
 )->pd.DataFrame: # one row a rule, as `gains_wanted`
     "What the rules want beside what was measured"
-    rows = [{k: o[k] for k in ('claim','label','side','margin')} | interval_of(contrast(runs, o['terms'])) for o in rules]
-    table = pd.DataFrame(rows)
-    return table.assign(ready=table.n == n_starts)
+    wants = pd.DataFrame(rules)[['claim','label','side','margin']]
+    found = pd.DataFrame([interval_of(contrast(runs, o['terms'])) for o in rules])
+    return wants.join(found).assign(ready=found.n == n_starts)
 
 # %% ../../nbs/study/05_claims.ipynb #51155c8e
 rule_experiments = sorted({t['experiment'] for o in rules for t in o['terms']} - {'grid'})
@@ -254,7 +254,8 @@ def _findings(id, runs):
         res[claim] = _diverged(claim, runs)
         if res[claim]: continue
         said = _judge(claim, rows, runs['hard'])
-        numbers = [f'{o.label} {in_words(o, short=True)}' for _,o in rows[rows.label != ''].iterrows()] if said else []
+        shown = rows[(rows.label != '') & (rows.n > 0)]
+        numbers = [f'{o.label} {in_words(o, short=True)}' for _,o in shown.iterrows()] if said else []
         res[claim] = said,f'{said}: {", ".join(numbers)}' if said else _so_far(rows, n)
     return res
 

@@ -136,8 +136,8 @@ class Curve(Callback):
         "Mean energies of inliers, of exposed outliers and of those after the step, and what the step changed"
         before = self.learn.ood_scores(self.exposed)
         moved = self.learn.ood_scores(self.exposed, attack=FGSM(self.eps))
-        means = dict(inliers=energy(logits).mean(), outliers=before.mean(), moved=moved.mean(), change=(moved-before).mean())
-        return dict(energies={name: round(float(mean), 4) for name,mean in means.items()})
+        some = dict(inliers=energy(logits), outliers=before, moved=moved, change=moved-before)
+        return dict(energies={name: round(float(o.mean()), 4) for name,o in some.items()})
 
 # %% ../../nbs/study/02_measure.ipynb #0c8be204
 def robust_accuracy(
@@ -179,12 +179,12 @@ def _with_robust(parts, curve):
     return res | dict(robust_acc=protocol['robust'] | robust)
 
 def tune_and_measure(
-    config:dict, # like `tune_config`
+    config:dict, # like `tune_config`, or its parts
     path=None, # of the result, not used
 )->dict: # fields of the JSON
     "What a cell records; a run that diverged is a result too, the worst, with its curve until then"
     parts = resolve(config)
-    curve = Curve(parts) if 'curve' in config else None
+    curve = Curve(parts) if 'curve' in parts.config else None
     try: res = _with_robust(parts, curve)
     except (FloatingPointError, ValueError) as e:
         if 'NaN' not in str(e): raise

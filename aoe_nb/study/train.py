@@ -233,7 +233,8 @@ def tune(
 # %% ../../nbs/study/01_train.ipynb #1bd308e7
 def _check_words(config):
     "Refuse a word that no part stands for"
-    known = dict(view=tuple(protocol['views']), attacks=('none', *attack_plans.plan.unique()), loss=('uniform','margin'),
+    plans = 'none',*attack_plans.plan.unique()
+    known = dict(view=tuple(protocol['views']), attacks=plans, loss=('uniform','margin'),
                  start=starts_of(config['id'], config['model']))
     for k,words in known.items():
         if config[k] not in words: raise ValueError(f'{k} must be one of {", ".join(words)}, not {config[k]!r}')
