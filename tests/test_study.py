@@ -8,7 +8,7 @@ from fastcore.test import test_close as close
 from aoe_nb.record import config_hash, result_path
 from aoe_nb.study import claims as study_claims, grid
 from aoe_nb.study.claims import claim_line, claims, complete, gains, holds, in_words, method_table, runs_of
-from aoe_nb.study.claims import rule_experiments, rules_measured
+from aoe_nb.study.claims import curve_gains, reached, rule_experiments, rules_measured
 from aoe_nb.study.grid import cells, listing, missing
 from aoe_nb.study.protocol import attack_plans, chosen, claim_texts, curve_plans, diverged_means, experiments, exposures
 from aoe_nb.study.protocol import protocol, rules, starts, wanted
@@ -631,6 +631,18 @@ def test_runs_that_diverged_count():
     assert found.verdict.P8 == 'holds'
     table = rules_measured({name: o for (id, name), o in runs.items() if id == 'cifar10'})
     assert table.n.min() < 5
+
+
+def test_how_fast_it_was():
+    runs = as_if_ruled('cifar10')['cifar10', 'curve']
+    gain = curve_gains(runs, 'aoe')
+    assert gain.loc[0, ['diff', 'lo', 'hi']].tolist() == [0, 0, 0] and set(gain.n) == {5}
+    close(gain.loc[390, 'diff'], 0.05004, 1e-6)
+    assert reached(curve_gains(runs, 'aoe', share=0.9)) == dict(mean=2, sure=2)
+    assert reached(curve_gains(runs, 'aoe', share=0.97)) == dict(mean=390, sure=390)
+    one = curve_gains(runs[:2], 'aoe', share=0.9)
+    assert reached(one) == dict(mean=2, sure=None)
+    assert reached(curve_gains([], 'aoe')) == dict(mean=None, sure=None)
 
 
 def test_rules_name_what_is_run():

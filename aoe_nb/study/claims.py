@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['rule_experiments', 'runs_of', 'complete', 'start_reports', 'gains', 'in_words', 'method_table', 'verdict',
            'gains_wanted', 'looks_masked', 'readings', 'contrast', 'interval_of', 'rules_measured', 'claims',
-           'claim_line', 'holds']
+           'claim_line', 'curve_gains', 'reached', 'holds']
 
 # %% ../../nbs/study/05_claims.ipynb #5115c583
 import json, numpy as np, pandas as pd
 from pathlib import Path
 from ..metrics import compare_reports, metric_names, report_means
 from .protocol import cells_of, chosen, claim_texts, diverged_means, exposures, inlier_names
-from .protocol import masking, rules, starts, wanted
+from .protocol import curve_plans, masking, protocol, rules, starts, wanted
 from scipy import stats
 
 # %% ../../nbs/study/05_claims.ipynb #51152cab
@@ -294,6 +294,33 @@ def claim_line(
     "The verdict on a claim, then on each set of inliers"
     row = found.loc[claim]
     return f'**{row.verdict}**. ' + '. '.join(f'{name} {row[name]}' for name in inlier_names.values())
+
+# %% ../../nbs/study/05_claims.ipynb #5115e210
+def curve_gains(
+    runs, # results of 'curve'
+    method, # such as 'aoe'
+    share=0., # of the final gain, which is taken off
+    **where, # which number, as in a rule's term; default: AUROC of the energy, mean over all sets
+)->pd.DataFrame: # one row a step: diff, lo, hi, n, detectable
+    "What training had brought after each step of the curve"
+    about = protocol['term'] | dict(experiment='curve', method=method) | where
+    steps = curve_plans['two_epochs']['steps']
+    def since_start(step):
+        weights = {step: 1.}
+        for other,weight in ((steps[-1],-share), (steps[0],share-1)): weights[other] = weights.get(other, 0) + weight
+        terms = [about | dict(step=k, weight=w) for k,w in weights.items()]
+        return interval_of(contrast(dict(curve=runs), terms))
+    return pd.DataFrame({step: since_start(step) for step in steps}).T.rename_axis('step')
+
+def reached(
+    table, # from `curve_gains`
+)->dict: # step for 'mean' and for 'sure'; None where that is never
+    "The step from which the mean, or the lower end of the interval, never falls below zero again"
+    def first(column):
+        below = table.index[~(table[column] >= 0)]
+        after = table.index if not len(below) else table.index[table.index > below[-1]]
+        return int(after[0]) if len(after) else None
+    return dict(mean=first('diff'), sure=first('lo'))
 
 # %% ../../nbs/study/05_claims.ipynb #5115c2df
 def holds(
