@@ -19,7 +19,8 @@ methods = dict(
     aoe_vary = lambda eps: dict(attack=FGSM(eps, vary=True)),
     aoe_pgd = lambda eps: dict(attack=PGD(eps, 5)),
     aoe_half = lambda eps: dict(attack=FGSM(eps), frac=.5), # the other half of the outliers as they are
-    aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5))
+    aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5),
+    adv = lambda eps: dict(lam=0., attack_in=PGD(eps, 5))) # no outliers, inliers up their own loss (Madry et al. 2018)
 
 # %% ../nbs/17_methods.ipynb #74e44050
 def exposure_of(

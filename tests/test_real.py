@@ -56,6 +56,8 @@ def test_methods_of_a_pair_see_the_same_inliers():
     for method in methods:
         learn = tune(trial_config('cifar10', method, steps=1, bs=64, bn='frozen'))
         first[method] = learn.energy_log.rows[0]
+    attacked = first.pop('adv')  # the one that moves the inliers
     assert len({row[0] for row in first.values()}) == 1, first
+    assert attacked[0] < first['plain'][0] and attacked[1] is None
     assert first['plain'][1] is None
     assert first['aoe'][1] < first['oe'][1]

@@ -1,14 +1,17 @@
 "The study: no result is lost, the search still finds what it found, and claims need nothing but the folder of results."
 
 import importlib, json, os, shutil, subprocess, sys
+from copy import deepcopy
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastcore.test import test_close as close
 from aoe_nb.record import config_hash, result_path
 from aoe_nb.study import claims as study_claims, grid
 from aoe_nb.study.claims import claim_line, claims, complete, gains, holds, in_words, method_table, runs_of
+from aoe_nb.study.claims import curve_gains, reached, rule_experiments, rules_measured
 from aoe_nb.study.grid import cells, listing, missing
-from aoe_nb.study.protocol import attack_plans, chosen, claim_texts, experiments, exposures, protocol, starts, wanted
+from aoe_nb.study.protocol import attack_plans, chosen, claim_texts, curve_plans, diverged_means, experiments, exposures
+from aoe_nb.study.protocol import protocol, rules, starts, wanted
 from aoe_nb.study.search import done_in, search, settled, write_chosen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +23,15 @@ IDS = ['cifar10', 'cifar100']
 # What was found
 
 
+def settled_claims(table):
+    "Without the claims that rules decide, whose runs are still to come"
+    return {claim: row for claim, row in table.items() if claim not in diverged_means}
+
+
 def test_claims_are_what_they_were():
-    assert json.loads(claims(RESULTS).to_json(orient='index')) == BEFORE
+    now = json.loads(claims(RESULTS).to_json(orient='index'))
+    assert list(now) == list(BEFORE) and settled_claims(now) == settled_claims(BEFORE)
+    assert set(BEFORE) - set(settled_claims(BEFORE)) == {'P5', 'P6', 'P8'}
 
 
 ELSEWHERE = """
@@ -45,7 +55,7 @@ def test_claims_need_only_the_folder_of_results(tmp_path):
     command = [sys.executable, '-W', 'ignore', '-c', ELSEWHERE, str(tmp_path)]
     res = subprocess.run(command, cwd=tmp_path / 'there', env=env, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr[-2000:]
-    assert json.loads(res.stdout) == BEFORE
+    assert settled_claims(json.loads(res.stdout)) == settled_claims(BEFORE)
 
 
 def test_runs_beside_the_grid_do_not_count(tmp_path):
@@ -104,11 +114,12 @@ def test_recipe_is_added_when_it_is_known(tmp_path):
 @pytest.mark.parametrize('name', [o for o in experiments if o != 'select'])
 def test_every_file_is_a_cell_and_every_cell_a_file(name):
     paths = {result_path(c, RESULTS) for c in cells(name, IDS, RESULTS)}
-    assert paths == set((RESULTS / name).glob('*.json'))
-    for path in paths:
+    there = set((RESULTS / name).glob('*.json'))
+    assert there == paths if name not in rule_experiments else there <= paths
+    for path in there:
         config = json.loads(path.read_text())['config']
         assert result_path(config, RESULTS) == path
-    assert missing(name, IDS, RESULTS) == []
+    assert len(missing(name, IDS, RESULTS)) == len(paths - there)
 
 
 def test_trials_beside_the_search_are_those_of_the_first_rule():
@@ -136,13 +147,17 @@ COUNTS = [
     ('recipes', 14, 14),
     ('best', 6, 6),
 ]
+TO_COME = [('curve', 10), ('samples', 40), ('adv', 5)]  # how many cells on each set of inliers
 
 
 def test_listing_counts():
     lines = [line.split() for line in listing(IDS, RESULTS).splitlines()]
     want = [(name, id, str(n)) for name, *both in COUNTS for id, n in zip(IDS, both)]
-    assert [tuple(line[:3]) for line in lines] == want
-    assert all(line[4:] == (['over'] if line[0] == 'select' else ['0', 'missing']) for line in lines)
+    older = lines[: len(want)]
+    assert [tuple(line[:3]) for line in older] == want
+    assert all(line[4:] == (['over'] if line[0] == 'select' else ['0', 'missing']) for line in older)
+    newer = [(line[0], line[1], int(line[2]) + int(line[4])) for line in lines[len(want) :]]
+    assert newer == [(name, id, n) for name, n in TO_COME for id in IDS]
 
 
 def test_command_lists(tmp_path):
@@ -341,6 +356,306 @@ def test_pages_of_claims_exist():
     assert len(pages) == 7 and all((ROOT / 'nbs' / o).exists() for o in pages)
 
 
+# Convergence, sample efficiency, inlier adversaries
+
+
+def test_new_settings_are_in_new_configs_only():
+    new = {'epochs', 'curve', 'n_outliers'}
+    old = set(protocol['tune'])
+    for name in experiments[2:]:
+        extra = {frozenset(set(c) - old) for c in cells(name, IDS, RESULTS)}
+        want = dict(curve={'epochs', 'curve'}, samples={'n_outliers'}).get(name, set())
+        assert extra == {frozenset(want)} and want <= new
+
+
+def first_cell(name, **about):
+    found = [c for c in cells(name, ['cifar10'], RESULTS) if all(c[k] == v for k, v in about.items())]
+    return found[0]
+
+
+HASHES = ['9fad8976', '3bc9f605', 'bbee281d']
+
+
+def test_hashes_of_new_configs():
+    "Where a result lies; a change here would leave finished runs behind"
+    one = [
+        first_cell('curve', method='aoe'),
+        first_cell('samples', method='aoe', n_outliers=100),
+        first_cell('adv'),
+    ]
+    assert [config_hash(c) for c in one] == HASHES
+    assert {c['eps_255'] for c in one} == {16} and {c['start'] for c in one} == {'published'}
+    assert {c['eps_255'] for c in cells('adv', ['cifar100'], RESULTS)} == {8}  # that of AOE, on both sets
+
+
+def test_runs_are_resumed(tmp_path, monkeypatch):
+    ran = []
+
+    def noted(config, out, redo):
+        ran.append(config_hash(config))
+        pretend_cell(config, out, redo)
+
+    monkeypatch.setattr(grid, 'run_cell', noted)
+    shutil.copy(RESULTS / 'chosen.json', tmp_path)
+    grid.run_missing('samples', ['cifar10'], out=tmp_path, part=(0, 2))
+    half = len(ran)
+    assert 0 < half < 40 and len(missing('samples', ['cifar10'], tmp_path)) == 40 - half
+    grid.run_missing('samples', ['cifar10'], out=tmp_path)
+    assert len(ran) == len(set(ran)) == 40 and missing('samples', ['cifar10'], tmp_path) == []
+
+
+def small_parts(method='aoe', n=1560, bs=4, **settings):
+    "Parts as `resolve` would give them, of digits and a small network that knows them a little"
+    from aoe_nb.data import Images, inliers, outliers, unseen
+    from aoe_nb.methods import exposure_of
+    from aoe_nb.models import small_cnn
+    from aoe_nb.study.train import Parts
+
+    config = protocol['tune'] | dict(method=method, bs=bs, lr=1e-3, eps_255=16, bn='frozen', attacks='none') | settings
+    digits = inliers('digits7')
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)) % len(digits)
+    torch.manual_seed(0)
+    exposure = dict(lam=0.5, bn='frozen', loss='uniform', seed=0) | exposure_of(method, 16 / 255)
+    sets = unseen(['digits389', 'flower'], id='digits7')
+    pool = Images(outliers('china').x[:500])
+    return Parts(config, digits.take(order), inliers('digits7', 'test'), sets, small_cnn(1, 7), pool, exposure)
+
+
+def test_curve_has_fourteen_points():
+    from aoe_nb.energy import energy
+    from aoe_nb.study.measure import clean_rows, tune_and_measure
+    from aoe_nb.study.train import fixed_subset, logits_of
+
+    steps = curve_plans['two_epochs']['steps']
+    assert len(steps) == 14 and steps[0] == 0 and 195 in steps and steps[-1] == 2 * 195
+    parts = small_parts(n=195 * 4, epochs=2, curve='two_epochs')
+    start = deepcopy(parts.net)
+    result = tune_and_measure(parts)
+    assert [o['step'] for o in result['curve']] == steps and len(result['energies']) == 390
+    some = fixed_subset(parts.test, 1000)
+    logits = logits_of(start, some)
+    outs = {k: (o.group, logits_of(start, fixed_subset(o, 250))) for k, o in parts.unseen.items()}
+    first, last = result['curve'][0], result['curve'][-1]
+    assert first['ood'] == clean_rows(logits, outs)[: len(outs)]
+    assert first['id_acc'] == float((logits.argmax(1) == some.y).float().mean())
+    close(first['energies']['inliers'], float(energy(logits).mean()), 1e-3)
+    assert all(o['energies']['change'] < 0 for o in result['curve'])
+    assert last['ood'] != first['ood'] and last['ood'][0]['n_out'] <= 250
+    assert [o['score'] for o in result['ood']] == ['energy'] * 2 + ['msp'] * 2
+    json.dumps(result)
+
+
+def test_curve_only_looks():
+    from aoe_nb.study.measure import Curve
+    from aoe_nb.study.train import tune
+
+    def trained(look):
+        parts = small_parts(n=40, epochs=2, curve='two_epochs')
+        return tune(parts, Curve(parts) if look else None).model.state_dict()
+
+    seen, alone = trained(True), trained(False)
+    assert all(torch.equal(seen[k], alone[k]) for k in alone)
+
+
+def test_divergence_is_recorded():
+    from aoe_nb.study.measure import tune_and_measure
+
+    result = tune_and_measure(small_parts(n=40, lr=1e30, curve='two_epochs'))
+    assert 'NaN' in result['failed'] and result['id_acc'] == 0
+    assert result['curve'][0]['step'] == 0 and len(result['curve']) < 14
+
+
+def test_fewer_outliers_are_part_of_more():
+    from aoe_nb.data import Images
+    from aoe_nb.stream import OutlierStream
+    from aoe_nb.study.train import first_outliers
+
+    i = torch.arange(25_088)
+    pool = Images(torch.stack([i // 256, i % 256], 1).to(torch.uint8).view(-1, 1, 1, 2))
+
+    def numbers(images):
+        return (images.x[:, 0, 0].long() @ torch.tensor([256, 1])).tolist()
+
+    sizes = next(o for o in protocol['cells'] if o['experiment'] == 'samples')['vary']['n_outliers']
+    chosen_ones = [numbers(first_outliers(pool, n, seed=0)) for n in sizes]
+    assert [len(set(o)) for o in chosen_ones] == sizes == [100, 1000, 10_000, 25_000]
+    assert all(more[: len(few)] == few for few, more in zip(chosen_ones, chosen_ones[1:]))
+    assert numbers(first_outliers(pool, 100, seed=1)) != chosen_ones[0]
+    images = pool.take(slice(0, 300))
+    drawn = OutlierStream(first_outliers(images, 100)).draw(256)
+    assert len(drawn) == 256 and len(drawn.unique(dim=0)) == 100
+    with pytest.raises(ValueError, match='more than the 300 of the pool'):
+        first_outliers(images, 301)
+
+
+def test_config_cuts_the_pool(monkeypatch):
+    from aoe_nb.study import train
+
+    parts = small_parts()
+    monkeypatch.setattr(train, '_pass_of', lambda config: parts.train)
+    monkeypatch.setattr(train, 'view_of', lambda view, id: (parts.test, parts.unseen))
+    monkeypatch.setattr(train, 'load_start', lambda id, start, model: parts.net)
+    monkeypatch.setattr(train, 'exposed_pool', lambda name, sigma, n: parts.pool)
+    config = parts.config | dict(n_outliers=100)
+    assert len(train.resolve(config).pool) == 100 and len(train.resolve(parts.config).pool) == len(parts.pool)
+    want = train.first_outliers(parts.pool, 100, config['seed']).x
+    assert torch.equal(train.resolve(config).pool.x, want)
+
+
+def test_inlier_adversaries():
+    "Inliers move within eps and [0,1], up their loss, and BatchNorm keeps the statistics of the start"
+    from fastai.callback.core import Callback
+    from torch.nn.functional import cross_entropy
+    from aoe_nb.attack import eval_mode
+    from aoe_nb.study.train import tune
+
+    class Before(Callback):
+        order = 4
+
+        def before_batch(self):
+            self.x = self.xb[0].clone()
+
+    class After(Callback):
+        order = 6
+        run_valid = False
+
+        def before_fit(self):
+            self.seen = []
+
+        def before_batch(self):
+            self.moved = self.xb[0].as_subclass(torch.Tensor).clone()
+
+        def after_batch(self):
+            x, y = (o.as_subclass(torch.Tensor) for o in (self.learn.before.x, self.yb[0]))
+            assert len(self.moved) == len(x) and self.moved.min() >= 0 and self.moved.max() <= 1
+            loss = [cross_entropy(logits(self.model, o), y).item() for o in (x, self.moved)]
+            self.seen.append((float((self.moved - x).abs().max()), *loss))
+
+    def logits(model, x):
+        with eval_mode(model), torch.no_grad():
+            return model(x)
+
+    parts = small_parts('adv', n=120, bs=24)
+    start = deepcopy(parts.net.state_dict())
+    learn = tune(parts, [Before(), After()])
+    sizes, clean, attacked = zip(*learn.after.seen)
+    assert len(sizes) == 5 and 0 < min(sizes) and max(sizes) <= 16 / 255 + 1e-6
+    assert all(a > c for c, a in zip(clean, attacked))
+    end = learn.model.state_dict()
+    statistics = [k for k in start if 'running' in k]
+    assert statistics and all(torch.equal(start[k], end[k]) for k in statistics)
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+    assert all(out is None for _, out in learn.energy_log.rows)
+
+
+def test_robust_accuracy_is_recorded_of_adversaries_only():
+    from aoe_nb.study.measure import tune_and_measure
+
+    adv = tune_and_measure(small_parts('adv', n=120, bs=24))['robust_acc']
+    assert {k: adv[k] for k in protocol['robust']} == protocol['robust']
+    assert 0 <= adv['start'] <= 1 and 0 <= adv['tuned'] <= 1
+    assert 'robust_acc' not in tune_and_measure(small_parts('plain', n=24, bs=24))
+
+
+def as_if_ruled(id, gain=0.05, half=0.95, more=0.02, last=0.001, hurt=0.03, n=5):
+    "Runs in which AOE gains so much, half of the steps bring that share, and adversaries cost so much"
+    runs = {(id, name): [] for name in ('curve', 'samples', 'adv', 'hard')}
+    wobble = [0, 0.0004, -0.0003, 0.0002, -0.0001]
+    for start, w in zip(starts[id][:n], wobble):
+
+        def run(method, auroc, acc=0.9, **config):
+            ood = row('none', 'none', 0, auroc) + row('pgd20', 'ood', 1, auroc - 0.3)
+            return a_run(method, start, ood) | dict(id_acc=acc, config=config)
+
+        for m in 'oe', 'aoe':
+            share = {0: 0, 195: half, 390: 1}
+            look = [
+                dict(step=s, id_acc=0.9, ood=row('none', 'none', 0, 0.8 + (gain + w) * share.get(s, half)))
+                for s in curve_plans['two_epochs']['steps']
+            ]
+            runs[id, 'curve'].append(run(m, 0.8 + gain) | dict(curve=look))
+            level = {100: 0.8, 1000: 0.81, 10_000: 0.8 + more - last, 25_000: 0.8 + more}
+            runs[id, 'samples'] += [run(m, v + w * (k > 10_000), n_outliers=k) for k, v in level.items()]
+        runs[id, 'adv'].append(run('adv', 0.8 - hurt + w, 0.9 - hurt + w))
+    runs[id, 'grid'] = [
+        r | dict(id_acc=0.9 + 0.001 * (r['start'] == 's2'), ood=row('none', 'none', 0, 0.8))
+        for r in as_if(0.02, id=id)[id, 'grid']
+    ]
+    return runs
+
+
+RULED = ['P5', 'P6', 'P8']
+
+
+def ruled(**kw):
+    return claims(runs=as_if_ruled('cifar10', **kw) | as_if_ruled('cifar100', **kw)).loc[RULED]
+
+
+@pytest.mark.parametrize(
+    'settings,want',
+    [
+        (dict(), ['holds', 'holds', 'holds']),
+        (dict(half=0.5), ['fails', 'holds', 'holds']),
+        (dict(gain=-0.05), ['fails', 'holds', 'holds']),
+        (dict(last=0.02), ['holds', 'fails', 'holds']),
+        (dict(last=0.005), ['holds', 'undecided', 'holds']),
+        (dict(more=-0.02), ['holds', 'fails', 'holds']),
+        (dict(hurt=-0.03), ['holds', 'holds', 'fails']),
+        (dict(hurt=0), ['holds', 'holds', 'undecided']),
+    ],
+)
+def test_verdicts_of_rules(settings, want):
+    assert ruled(**settings).verdict.tolist() == want
+
+
+def test_rules_before_all_is_measured(tmp_path):
+    shutil.copy(RESULTS / 'chosen.json', tmp_path)
+    for found in claims(tmp_path), both(0.02):
+        assert found.verdict[RULED].tolist() == claim_texts.status[RULED].tolist()
+        assert all(o.startswith('not measured yet') for o in found.verdict[RULED])
+        assert set(found.loc[RULED, 'CIFAR-10']) == {''}
+    some = claims(runs=as_if_ruled('cifar10') | as_if_ruled('cifar100', n=2)).loc[RULED]
+    assert set(some.verdict) == {'none yet'} and set(some['CIFAR-100']) == {'2 of 5 starts so far'}
+    assert all(o.startswith('holds: ') for o in some['CIFAR-10'])
+    assert '25,000 minus 10,000 +0.10' in some.loc['P6', 'CIFAR-10']
+
+
+def test_runs_that_diverged_count():
+    runs = as_if_ruled('cifar10') | as_if_ruled('cifar100')
+    for name in 'curve', 'samples':
+        last = next(r for r in runs['cifar10', name][::-1] if r['method'] == 'aoe')
+        last['failed'] = 'the loss is NaN'
+    found = claims(runs=runs)
+    assert found.loc['P5', ['verdict', 'CIFAR-10']].tolist() == ['fails', 'fails: 1 of 5 runs diverged']
+    assert found.loc['P6', ['verdict', 'CIFAR-10']].tolist() == ['undecided', 'undecided: 1 of 20 runs diverged']
+    assert found.verdict.P8 == 'holds'
+    table = rules_measured({name: o for (id, name), o in runs.items() if id == 'cifar10'})
+    assert table.n.min() < 5
+
+
+def test_how_fast_it_was():
+    runs = as_if_ruled('cifar10')['cifar10', 'curve']
+    gain = curve_gains(runs, 'aoe')
+    assert gain.loc[0, ['diff', 'lo', 'hi']].tolist() == [0, 0, 0] and set(gain.n) == {5}
+    close(gain.loc[390, 'diff'], 0.05004, 1e-6)
+    assert reached(curve_gains(runs, 'aoe', share=0.9)) == dict(mean=2, sure=2)
+    assert reached(curve_gains(runs, 'aoe', share=0.97)) == dict(mean=390, sure=390)
+    one = curve_gains(runs[:2], 'aoe', share=0.9)
+    assert reached(one) == dict(mean=2, sure=None)
+    assert reached(curve_gains([], 'aoe')) == dict(mean=None, sure=None)
+
+
+def test_rules_name_what_is_run():
+    "Every term is about cells that exist"
+    for term in (t for o in rules for t in o['terms']):
+        about = {k: term[k] for k in ('method', 'seed', 'n_outliers') if k in term}
+        assert first_cell(term['experiment'], **about)
+        assert term.get('step', 0) in curve_plans['two_epochs']['steps']
+        plan = attack_plans[attack_plans.plan == first_cell(term['experiment'], **about)['attacks']]
+        sides = plan[(plan.attack == term['attack']) & (plan.eps_255 == term['eps_255'])].sides
+        assert term['attack'] == 'none' or term['attacked'] in ' '.join(sides).split()
+
+
 # Old names
 
 
@@ -355,7 +670,7 @@ def test_old_modules_say_where_the_names_went(name):
 def test_old_run_takes_any_config():
     with pytest.warns(DeprecationWarning):
         module = importlib.reload(importlib.import_module('aoe_nb.experiment'))
-    for name in experiments[2:]:
+    for name in [o for o, *_ in COUNTS[2:]]:
         result = json.loads(next((RESULTS / name).glob('*.json')).read_text())
         assert module.run(result['config'], RESULTS) == result
     demo = json.loads(next((RESULTS / 'demo').glob('*.json')).read_text())

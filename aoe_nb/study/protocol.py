@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['here', 'protocol', 'inlier_names', 'n_classes', 'unseen_sets', 'selection_classes', 'exposed_classes', 'starts',
            'start_config', 'tune_config', 'experiments', 'exposures', 'search_space', 'asked', 'floored', 'recipes',
-           'attack_plans', 'claim_texts', 'wanted', 'masking', 'read_table', 'starts_of', 'start_name',
-           'trial_settings', 'chosen', 'cells_of']
+           'attack_plans', 'curve_plans', 'claim_texts', 'wanted', 'masking', 'rules', 'diverged_means', 'read_table',
+           'starts_of', 'start_name', 'trial_settings', 'chosen', 'cells_of']
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3882e
 import json
 import pandas as pd
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 try: import tomllib
 except ImportError: import tomli as tomllib # before Python 3.11
@@ -93,6 +94,12 @@ def _methods_of(block, lock):
     if block['methods'] == 'taken': return [lock['taken']] if lock['taken'] else []
     return [(method, lock['settings']['eps_255']) for method in block['methods']]
 
+def _more_settings(block):
+    "What a block sets in all its cells, with each value of what it varies"
+    varied = block.get('vary', {})
+    for values in product(*varied.values()):
+        yield block.get('set', {}) | dict(zip(varied, values))
+
 def _block_cells(block, id, lock, model):
     "What the cells of one block set themselves"
     names = starts_of(id, model)
@@ -101,10 +108,11 @@ def _block_cells(block, id, lock, model):
         for seed,attacks in zip(block['seeds'], block['attacks']):
             for method,eps in _methods_of(block, lock):
                 about = dict(experiment=block['experiment'], outliers=generator, attacks=attacks)
-                yield about | dict(method=method, eps_255=eps, start=start, seed=seed)
+                about |= dict(method=method, eps_255=eps, start=start, seed=seed)
+                for more in _more_settings(block): yield about | more
 
 def cells_of(
-    name, # 'grid', 'hard', 'second', 'recipes' or 'best'
+    name, # of `experiments`, beside 'starts' and 'select'
     id, # 'cifar10' or 'cifar100'
     lock, # the entry of `chosen` for these inliers
     model='resnet20', # or 'wrn40_2', with the settings that were found for the ResNet-20
@@ -122,8 +130,13 @@ def cells_of(
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3a21a
 attack_plans = read_table('attacks.csv')
+curve_plans = protocol['curves']
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc33e11
 claim_texts = read_table('claims.csv').set_index('claim')
 wanted = read_table('wanted.csv')
 masking = read_table('masking.csv')
+
+# %% ../../nbs/study/00_protocol.ipynb #bfc3e205
+rules = [o | dict(terms=[protocol['term'] | term for term in o['terms']]) for o in protocol['rules']]
+diverged_means = protocol['diverged']

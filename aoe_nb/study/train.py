@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['networks', 'pixel_stats', 'nesterov', 'view_of', 'fixed_subset', 'weights_sha', 'start_sha', 'load_start',
-           'logits_of', 'check_start', 'train_start', 'exposed_pool', 'Parts', 'resolve', 'EnergyLog', 'tune',
-           'check_tune']
+           'logits_of', 'check_start', 'train_start', 'exposed_pool', 'first_outliers', 'Parts', 'resolve', 'EnergyLog',
+           'tune', 'check_tune']
 
 # %% ../../nbs/study/01_train.ipynb #1bd3de7a
 import json, numpy as np, torch
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from torch import nn
+from fastcore.foundation import L
 from ..attack import check_eps, eval_mode
 from ..data import Images, inliers, outliers, unseen
 from ..energy import energy, energy_margin
@@ -23,7 +24,7 @@ from ..stream import pixel_batches
 from ..methods import exposure_of
 from ..models import cifar10_stats, cifar100_stats, imagenet_stats, resnet20, wrn40_2
 from ..models import load_weights, save_weights, weights_file
-from .protocol import exposed_classes, n_classes, protocol, selection_classes
+from .protocol import attack_plans, curve_plans, exposed_classes, n_classes, protocol, selection_classes
 from .protocol import start_name, starts, starts_of, unseen_sets
 from fastai.callback.all import *
 from fastai.learner import Learner
@@ -148,6 +149,16 @@ def exposed_pool(
     if name == 'tinyimagenet_aux': return outliers(name).select(exposed_classes)
     return load_generator(weights_file(f'{name}.pt')).sample(n, sigma)
 
+def first_outliers(
+    pool, # `Images`
+    n, # how many
+    seed=0, # of the order
+)->Images:
+    "The first `n` of `pool` in an order that the seed fixes; fewer are part of more"
+    if n > len(pool): raise ValueError(f'{n:,} outliers are more than the {len(pool):,} of the pool')
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return pool.take(order[:n])
+
 # %% ../../nbs/study/01_train.ipynb #1bd38d5e
 @dataclass
 class Parts:
@@ -189,6 +200,7 @@ def resolve(
     if config['loss'] == 'margin': exposure['loss'] = _margin_loss(net, train)
     pool = train.x[:config['bs']] # plain fine-tuning draws no outliers
     if exposure['lam']: pool = exposed_pool(config['outliers'], config['sigma'], len(train))
+    if 'n_outliers' in config: pool = first_outliers(pool, config['n_outliers'], config['seed'])
     return Parts(config, train, test, sets, net, pool, exposure)
 
 # %% ../../nbs/study/01_train.ipynb #1bd35935
@@ -205,25 +217,29 @@ class EnergyLog(Callback):
 
 def tune(
     config, # like `tune_config`, or its parts from `resolve`
+    cbs=None, # callbacks that look on
 )->Learner:
     "The start of `config`, fine-tuned as it says; `learn.energy_log.rows` holds both mean energies of each step"
     parts = resolve(config)
     bs,lr,seed = (parts.config[k] for k in ('bs','lr','seed'))
     dls = parts.train.dls(bs, valid=parts.test, batch_tfms=RandomCropFlip(), seed=seed)
     learn = Learner(dls, parts.net, opt_func=nesterov, wd=5e-4, metrics=accuracy)
-    learn.add_cbs([OutlierExposure(parts.pool, **parts.exposure), EnergyLog()])
+    learn.add_cbs([OutlierExposure(parts.pool, **parts.exposure), EnergyLog(), *L(cbs)])
     set_seed(seed, reproducible=True) # the same crops and flips for all methods, whatever was made before
     schedule = ParamScheduler(dict(lr=SchedCos(lr, 1e-6)))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=schedule)
+    with learn.no_bar(), learn.no_logging(): learn.fit(parts.config.get('epochs', 1), lr, cbs=schedule)
     return learn
 
 # %% ../../nbs/study/01_train.ipynb #1bd308e7
 def _check_words(config):
     "Refuse a word that no part stands for"
-    known = dict(view=tuple(protocol['views']), attacks=('none','all','hard'), loss=('uniform','margin'),
+    plans = 'none',*attack_plans.plan.unique()
+    known = dict(view=tuple(protocol['views']), attacks=plans, loss=('uniform','margin'),
                  start=starts_of(config['id'], config['model']))
     for k,words in known.items():
         if config[k] not in words: raise ValueError(f'{k} must be one of {", ".join(words)}, not {config[k]!r}')
+    if config.get('curve', 'none') not in ('none', *curve_plans):
+        raise ValueError(f'curve must be one of {", ".join(curve_plans)}, not {config["curve"]!r}')
 
 def check_tune(config):
     "Refuse a config that cannot be run, and say what would make it run"
