@@ -16,7 +16,7 @@ test: .venv/ready
 	$(BIN)ruff check .
 	$(BIN)ruff format --check $(PLAIN)
 	@log=$$(mktemp); \
-	$(BIN)pytest -q --durations=10 tests >$$log 2>&1 & tests=$$!; \
+	$(BIN)pytest -q -n 2 --dist loadfile --durations=10 tests >$$log 2>&1 & tests=$$!; \
 	$(BIN)nbdev_test --n_workers 2 --timing --do_print; notebooks=$$?; \
 	wait $$tests; tests=$$?; \
 	cat $$log; rm -f $$log; \
@@ -44,4 +44,4 @@ site: .venv/ready
 
 results: .venv/ready
 	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done
-	for o in starts select grid hard second recipes best; do $(BIN)aoe_run $$o || exit 1; done
+	for o in starts select grid hard second recipes best curve samples adv; do $(BIN)aoe_run $$o || exit 1; done
