@@ -117,7 +117,22 @@ def _identities(
         return [_short(o.tobytes()) for o in pixels.cpu().contiguous().numpy()]
     return [_short(str(Path(o).resolve()).encode()) for o in files]
 
-def _refuse_used(learn, mine, default):
+def _n_copies(files, train, most=300):
+    "How many of about `most` of `files` hold the same bytes as a file of `train`, and how many were looked at"
+    by_size = {}
+    for file in map(Path, train):
+        if file.is_file(): by_size.setdefault(file.stat().st_size, []).append(file)
+    def digest(file): return hashlib.blake2b(file.read_bytes()).digest()
+    known = {} # few files have the same size, and only those are read
+    looked_at = [Path(o) for o in files[::-(-len(files)//most) or 1]]
+    n = 0
+    for file in looked_at:
+        size = file.stat().st_size
+        if size not in known: known[size] = {digest(o) for o in by_size.get(size, ())}
+        n += bool(known[size]) and digest(file) in known[size]
+    return n,len(looked_at)
+
+def _refuse_used(learn, source, mine, default):
     "Refuse inliers that trained the network or chose an epoch, and warn where that cannot be seen"
     train,valid = (_identities(dl) for dl in (learn.dls.loaders*2)[:2])
     if not mine or not train:
@@ -127,6 +142,10 @@ def _refuse_used(learn, mine, default):
     if both > .01*len(mine): # a few copies lie in most data sets
         raise ValueError(f'{both:,} of the {len(mine):,} inliers trained the network and look too familiar: '
                          'give inliers= that were held out')
+    copies,n = _n_copies(_files_of(source), _files_of(learn.dls.train))
+    if copies > .01*n:
+        raise ValueError(f'{copies:,} of {n:,} inliers are copies of files that trained the network and look too '
+                         'familiar: give inliers= that were held out')
     trackers = [o.name for o in learn.cbs if isinstance(o, TrackerCallback)]
     if trackers and (default or set(mine) & set(valid)):
         raise ValueError(f'{trackers[0]} chose by these validation images, which look too familiar now: '
@@ -162,7 +181,7 @@ def _held_out(learn, inliers):
         raise ValueError('these are test images, and a threshold that is taken from them leaves nothing to test it on: '
                          'hold out training images, or leave inliers= out to take half of the validation set')
     mine = _identities(source)
-    _refuse_used(learn, mine, default)
+    _refuse_used(learn, source, mine, default)
     return source,mine
 
 def _class_names(learn, n):

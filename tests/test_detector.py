@@ -1,5 +1,6 @@
 "The way from a learner to a flag: which images may calibrate, what travels, and what is refused."
 
+import shutil
 import warnings
 
 import fastai.callback.all  # noqa: F401 (brings `no_bar`)
@@ -168,6 +169,15 @@ def test_files_are_known_however_a_loader_names_them(folder, kind):
     for source in files, [(o, 0) for o in files], folder:
         with pytest.raises(ValueError, match='trained the network'):
             learn.ood_detector(source)
+
+
+def test_copies_of_training_files_are_known(of_files, folder, tmp_path):
+    shutil.copytree(folder / 'train', tmp_path / 'copies')
+    for source in tmp_path / 'copies', get_image_files(tmp_path / 'copies'):
+        with pytest.raises(ValueError, match='126 of 126 inliers are copies of files that trained'):
+            of_files.ood_detector(source)
+    shutil.copytree(folder / 'valid', tmp_path / 'others')
+    assert of_files.ood_detector(tmp_path / 'others').about['n'] == 400
 
 
 def test_a_folder_of_test_images_has_folders(of_files, folder, tmp_path):
