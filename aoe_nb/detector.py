@@ -213,11 +213,17 @@ def _about(learn, score, **settings):
     return dict(score=name) | settings | _inputs(learn) | provenance()
 
 # %% ../nbs/24_detector.ipynb #de7e000e
-class _Counting(Bench):
-    "A bench that knows how many classes the network has"
+class _Judge(Bench):
+    "A bench that remembers how many classes and which shapes it saw, and that may insist on one shape"
+    shape = None # (C,H,W), None where it does not matter
     def logits(self, x):
+        got = tuple(x.shape[1:])
+        if any(want not in (None,o) for want,o in zip(self.shape or (), got)):
+            raise ValueError(f'the detector was made with images of {list(self.shape)}, there is one of {list(got)}: '
+                             'bring it to that size')
         res = super().logits(x)
         self.n_classes = res.shape[1]
+        self.shapes = {*getattr(self, 'shapes', ()), got}
         return res
 
 def _check_classes(learn, score, n):
@@ -245,7 +251,7 @@ def ood_detector( # noqa: PLR0913
     images_needed(fpr, confidence) # refuses what cannot be promised
     score = get_score(score)
     source,names = _held_out(self, inliers)
-    bench = _Counting(self, score=score, bs=bs)
+    bench = _Judge(self, score=score, bs=bs)
     judged = bench.judged(source)
     _check_classes(self, score, bench.n_classes)
     idx,rest,what = torch.arange(len(judged)),None,f'{len(judged):,} inliers that were given'
@@ -256,6 +262,7 @@ def ood_detector( # noqa: PLR0913
     scores,labels,_ = judged[idx].T
     classes = _class_names(self, bench.n_classes)
     about = _about(self, score, fpr=fpr, confidence=confidence, by=by, seed=seed, n=len(idx), classes=classes, on=what)
+    if len(bench.shapes) > 1 and about['shape']: about['shape'][1:] = None,None # of any size
     seen = frozenset(names[i] for i in idx.tolist()) if names else frozenset()
     self.detector = Detector(self, score, scores, about, labels if by else None, seen, rest)
     return self.detector
@@ -305,7 +312,9 @@ def __call__(
     "Whether each image is an outlier, and how sure that is"
     self.check()
     source = self._given(source)
-    scores,labels,probability = Bench(self.learn, score=self.score, bs=bs).judged(source).T
+    bench = _Judge(self.learn, score=self.score, bs=bs)
+    bench.shape = self.about['shape']
+    scores,labels,probability = bench.judged(source).T
     p,flag = self.judge(scores, labels)
     names = [self.about['classes'][int(i)] for i in labels]
     files = _image_names(source, len(names))

@@ -279,6 +279,18 @@ def test_rows_are_called_by_their_file_or_number(of_files, folder):
     assert det(of_files.dls.train).file.tolist()[:2] == ['0', '1']
 
 
+def test_files_of_another_size_are_refused_where_nothing_resizes(folder, tmp_path):
+    dls = ImageDataLoaders.from_folder(folder, valid='valid', bs=32, num_workers=0, device=torch.device('cpu'))
+    det = untrained(dls).ood_detector()
+    Image.new('RGB', (21, 16)).save(tmp_path / 'other.png')
+    with pytest.raises(ValueError, match=r'made with images of \[3, 16, 20\], there is one of \[3, 16, 21\]'):
+        det(tmp_path / 'other.png')
+    files = [*get_image_files(folder / 'valid')[:100], tmp_path / 'other.png']
+    loader = DataBlock((ImageBlock, MultiCategoryBlock), get_y=lambda o: ['4'], splitter=lambda o: ([0], range(101)))
+    det = untrained(loader.dataloaders(files, bs=1, num_workers=0, device='cpu'), 7).ood_detector(files[1:])
+    assert det.about['shape'] == [3, None, None] and len(det(tmp_path / 'other.png')) == 1
+
+
 def test_a_network_that_breaks_down_is_strange(learn, det):
     def broken(logits):
         return torch.where(logits[:, 0] > 0, torch.nan, -logits.logsumexp(1))
