@@ -7,12 +7,17 @@ __all__ = ['Detector', 'load_detector']
 
 # %% ../nbs/24_detector.ipynb #de7e0002
 import hashlib, json, warnings, numpy as np, pandas as pd, torch
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from PIL import Image
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import data
 from fastcore.all import patch
 from fastai.callback.tracker import TrackerCallback
+from fastai.data.core import TfmdLists
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from .conformal import Conformal, allowed_above, images_needed
 from .drift import Monitor
@@ -84,21 +89,50 @@ def _checksum(model):
 # %% ../nbs/24_detector.ipynb #de7e000b
 def _short(data): return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big', signed=True)
 
+def _files_of(source):
+    "The files that a loader or data set of fastai opens, one an image; none where it opens no files"
+    part = getattr(getattr(source, 'dataset', source), 'tls', [None])[0]
+    kinds = getattr(part, 'types', None) or []
+    images = [isinstance(kind, type) and issubclass(kind, Image.Image) for kind in kinds]
+    if not isinstance(part, TfmdLists) or True not in images: return []
+    steps = part.tfms.fs[:max(0, images.index(True)-1)] # those before the one that opens a file
+    if len(kinds) != len(part.tfms.fs)+1: steps = [] # one that `given` has shortened to these
+    res = []
+    for i in range(len(part)):
+        item = part._get(i) # also a row of a table
+        for step in steps: item = step(item)
+        res.append(item)
+    return res if all(isinstance(o, (str,Path)) for o in res) else []
+
 def _identities(
     source, # as `given` gives it
 )->list: # of numbers; empty where images cannot be told from one another without drawing them
     "What tells the images of `source` from others: their files, or else their pixels"
+    files = _files_of(source)
     source = getattr(source, 'dataset', source)
     if isinstance(source, Images): source = source.x
     if isinstance(source, (Tensor,np.ndarray)):
         pixels = torch.as_tensor(source)
         if pixels.dtype != torch.uint8: pixels = (255*as_pixels(pixels)).round().byte()
         return [_short(o.tobytes()) for o in pixels.cpu().contiguous().numpy()]
-    files = list(getattr(source, 'items', None) or [])
-    if not all(isinstance(o, (str,Path)) for o in files): return []
     return [_short(str(Path(o).resolve()).encode()) for o in files]
 
-def _refuse_used(learn, mine, default):
+def _n_copies(files, train, most=300):
+    "How many of about `most` of `files` hold the same bytes as a file of `train`, and how many were looked at"
+    by_size = {}
+    for file in map(Path, train):
+        if file.is_file(): by_size.setdefault(file.stat().st_size, []).append(file)
+    def digest(file): return hashlib.blake2b(file.read_bytes()).digest()
+    known = {} # few files have the same size, and only those are read
+    looked_at = [Path(o) for o in files[::-(-len(files)//most) or 1]]
+    n = 0
+    for file in looked_at:
+        size = file.stat().st_size
+        if size not in known: known[size] = {digest(o) for o in by_size.get(size, ())}
+        n += bool(known[size]) and digest(file) in known[size]
+    return n,len(looked_at)
+
+def _refuse_used(learn, source, mine, default):
     "Refuse inliers that trained the network or chose an epoch, and warn where that cannot be seen"
     train,valid = (_identities(dl) for dl in (learn.dls.loaders*2)[:2])
     if not mine or not train:
@@ -108,25 +142,46 @@ def _refuse_used(learn, mine, default):
     if both > .01*len(mine): # a few copies lie in most data sets
         raise ValueError(f'{both:,} of the {len(mine):,} inliers trained the network and look too familiar: '
                          'give inliers= that were held out')
+    copies,n = _n_copies(_files_of(source), _files_of(learn.dls.train))
+    if copies > .01*n:
+        raise ValueError(f'{copies:,} of {n:,} inliers are copies of files that trained the network and look too '
+                         'familiar: give inliers= that were held out')
     trackers = [o.name for o in learn.cbs if isinstance(o, TrackerCallback)]
     if trackers and (default or set(mine) & set(valid)):
         raise ValueError(f'{trackers[0]} chose by these validation images, which look too familiar now: '
                          'give others with inliers=, or take it off with remove_cb if it chose nothing')
 
 # %% ../nbs/24_detector.ipynb #de7e000d
+def _in_order(source):
+    "Whether another pass over `source` gives its images once more, in the same order"
+    if isinstance(source, data.DataLoader):
+        usual = type(source.batch_sampler) in (data.BatchSampler, type(None))
+        return usual and isinstance(source.sampler, data.SequentialSampler)
+    return not isinstance(source, Iterator) and not getattr(source, 'shuffle', False)
+
+def _of_test(source, learn):
+    "Whether files lie in a folder of test images, or there in one of a class"
+    classes = set(map(str, getattr(learn.dls, 'vocab', None) or ()))
+    files = [o for o in getattr(source, 'files', ()) if isinstance(o, Path)]
+    for file in files:
+        folder = file.parent.parent if file.parent.name in classes else file.parent
+        if folder.name in ('test','testing'): return True
+    return False
+
 def _held_out(learn, inliers):
     "The held-out inliers as a source, and what tells each of them from others; refused where they were used before"
     default = inliers is None
     source = Bench(learn).known if default else given(inliers, learn, name='the inliers')
-    if default and getattr(source, 'shuffle', False):
+    if default and not _in_order(source):
         raise ValueError('the validation set comes in another order each time, so no half of it can be kept apart: '
                          'give inliers= that were held out')
-    is_test = isinstance(inliers, (str,Path)) and Path(inliers).name == 'test'
+    is_test = isinstance(inliers, (str,Path)) and Path(inliers).name in ('test','testing')
+    is_test = is_test or not default and _of_test(source, learn)
     if is_test or not default and getattr(source, 'split', None) == 'test':
         raise ValueError('these are test images, and a threshold that is taken from them leaves nothing to test it on: '
                          'hold out training images, or leave inliers= out to take half of the validation set')
     mine = _identities(source)
-    _refuse_used(learn, mine, default)
+    _refuse_used(learn, source, mine, default)
     return source,mine
 
 def _class_names(learn, n):
@@ -134,15 +189,52 @@ def _class_names(learn, n):
     names = [str(o) for o in getattr(learn.dls, 'vocab', None) or []]
     return names + [str(i) for i in range(len(names), n)]
 
-def _about(learn, score, **settings):
-    "Plain values that say what a detector was made with"
+def _inputs(learn):
+    "How large the images of a learner are, and how it normalises them"
     norm = Pixels(learn.dls.train).norm
     stats = None if norm is None else [norm.mean.flatten().tolist(), norm.std.flatten().tolist()]
     shape = learner_shape(learn)
+    return dict(shape=shape and list(shape), normalize=stats)
+
+def _check_inputs(about, learn, name):
+    "Refuse a learner that gives its network other images than when the detector was made"
+    now = _inputs(learn)
+    if about['normalize'] != now['normalize']:
+        raise ValueError(f'{name} normalises with {about["normalize"]}, the learner with {now["normalize"]}: '
+                         'give it the same Normalize')
+    for before,after in zip(about['shape'] or (), now['shape'] or ()):
+        if None in (before,after) or before == after: continue
+        raise ValueError(f'{name} takes images of {about["shape"]}, the learner gives {now["shape"]}: '
+                         'give it the same transforms, or make a detector again with ood_detector')
+
+def _about(learn, score, **settings):
+    "Plain values that say what a detector was made with"
     name = getattr(score, '__name__', None) or repr(score)
-    return dict(score=name) | settings | dict(shape=shape and list(shape), normalize=stats) | provenance()
+    return dict(score=name) | settings | _inputs(learn) | provenance()
 
 # %% ../nbs/24_detector.ipynb #de7e000e
+class _Judge(Bench):
+    "A bench that remembers how many classes and which shapes it saw, and that may insist on one shape"
+    shape = None # (C,H,W), None where it does not matter
+    def logits(self, x):
+        got = tuple(x.shape[1:])
+        if any(want not in (None,o) for want,o in zip(self.shape or (), got)):
+            raise ValueError(f'the detector was made with images of {list(self.shape)}, there is one of {list(got)}: '
+                             'bring it to that size')
+        res = super().logits(x)
+        self.n_classes = res.shape[1]
+        self.shapes = {*getattr(self, 'shapes', ()), got}
+        return res
+
+def _check_classes(learn, score, n):
+    "Refuse scores of logits where there is but one, and warn where several classes may be right at once"
+    if n < 2 and score in named_scores.values():
+        raise ValueError(f'the network gives one number an image and so names no class, from which {score.__name__} '
+                         'tells nothing: give a classifier, or a score of your own')
+    if isinstance(getattr(learn.loss_func, 'func', learn.loss_func), nn.BCEWithLogitsLoss):
+        warnings.warn('the network was trained to name several classes at once: the promise holds, '
+                      'but class and probability are those of one among them', stacklevel=4)
+
 @patch
 def ood_detector( # noqa: PLR0913
     self:Learner,
@@ -159,15 +251,18 @@ def ood_detector( # noqa: PLR0913
     images_needed(fpr, confidence) # refuses what cannot be promised
     score = get_score(score)
     source,names = _held_out(self, inliers)
-    judged = Bench(self, score=score, bs=bs).judged(source)
+    bench = _Judge(self, score=score, bs=bs)
+    judged = bench.judged(source)
+    _check_classes(self, score, bench.n_classes)
     idx,rest,what = torch.arange(len(judged)),None,f'{len(judged):,} inliers that were given'
     if inliers is None:
         order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(seed))
         idx,rest = (o.sort().values for o in order.tensor_split([(len(order)+1)//2]))
         what = f'half of the validation set, drawn with seed {seed}'
     scores,labels,_ = judged[idx].T
-    classes = _class_names(self, int(labels.max())+1)
+    classes = _class_names(self, bench.n_classes)
     about = _about(self, score, fpr=fpr, confidence=confidence, by=by, seed=seed, n=len(idx), classes=classes, on=what)
+    if len(bench.shapes) > 1 and about['shape']: about['shape'][1:] = None,None # of any size
     seen = frozenset(names[i] for i in idx.tolist()) if names else frozenset()
     self.detector = Detector(self, score, scores, about, labels if by else None, seen, rest)
     return self.detector
@@ -190,9 +285,23 @@ def judge(
 
 @patch
 def check(self:Detector):
-    "Refuse a network that was changed since its inliers were scored"
+    "Refuse a network, or images of another kind, that changed since its inliers were scored"
     if _checksum(self.learn.model) != self.weights:
         raise ValueError('the network has changed since this detector was made: make one again with ood_detector')
+    _check_inputs(self.about, self.learn, 'the detector')
+
+@patch
+def _given(self:Detector, source):
+    "What `source` stands for, a single image as a batch of one"
+    if getattr(source, 'ndim', 0) == 3: source = source[None]
+    return given(source, self.learn)
+
+def _image_names(source, n):
+    "What to call each of `n` images: its file, or its number where it is none"
+    files = getattr(source, 'files', None)
+    if files is None and isinstance(source, DataLoader) and _in_order(source): files = _files_of(source)
+    if not files or len(files) != n: files = range(n)
+    return [str(o if isinstance(o, (str,Path)) else i) for i,o in enumerate(files)]
 
 @patch
 def __call__(
@@ -202,12 +311,13 @@ def __call__(
 )->pd.DataFrame: # one row an image: file (its number where it is no file), class, probability, score, p, outlier
     "Whether each image is an outlier, and how sure that is"
     self.check()
-    if getattr(source, 'ndim', 0) == 3: source = source[None]
-    source = given(source, self.learn)
-    scores,labels,probability = Bench(self.learn, score=self.score, bs=bs).judged(source).T
+    source = self._given(source)
+    bench = _Judge(self.learn, score=self.score, bs=bs)
+    bench.shape = self.about['shape']
+    scores,labels,probability = bench.judged(source).T
     p,flag = self.judge(scores, labels)
     names = [self.about['classes'][int(i)] for i in labels]
-    files = [str(o) for o in getattr(source, 'files', range(len(names)))]
+    files = _image_names(source, len(names))
     columns = dict(probability=probability, score=scores, p=p, outlier=flag)
     return pd.DataFrame({'file': files, 'class': names} | {k: v.numpy() for k,v in columns.items()})
 
@@ -233,7 +343,9 @@ def show(
 ): # array of axes
     "The `n` most suspicious images with class, score and p-value; the titles of outliers are orange"
     import matplotlib.pyplot as plt
-    source = given(source, self.learn)
+    if n < 1: raise ValueError(f'n is how many images to show, at least 1, not {n}')
+    source = self._given(source)
+    if not _in_order(source): source = torch.cat([x.cpu() for x in pixel_batches(source, bs, self.learn)])
     df = self(source, bs).sort_values(['p','score'], ascending=[True,False]).head(n)
     nrows = -(-len(df)//ncols)
     fig,axs = plt.subplots(nrows, min(ncols, len(df)), figsize=(1.3*min(ncols, len(df)), 1.75*nrows), squeeze=False)
@@ -251,10 +363,22 @@ def _rate(flags, name):
     return {name: flags.float().mean().item(), f'{name}_lo': interval.low, f'{name}_hi': interval.high}
 
 @patch
+def _check_split(self:Detector, names, n):
+    "Refuse `n` validation images that are split in another way than those which made the rule"
+    rest = set(self.rest.tolist())
+    made = {name for i,name in enumerate(names) if i not in rest}
+    if n != self.about['n']+len(rest) or made != self.seen and self.seen & set(names):
+        raise ValueError('the validation set is not the one that this detector was made from, so which of its images '
+                         'are left is not known: give some with inliers=, or make a detector again with ood_detector')
+
+@patch
 def _for_report(self:Detector, judged, bench):
     "Of the judged inliers those that did not make the rule, or an error if they did"
-    if self.rest is not None and bench.inliers is Bench(self.learn).inliers: return judged[self.rest]
-    known = len(self.seen & set(_identities(bench.known)))
+    names = _identities(bench.known)
+    if self.rest is not None and bench.inliers is Bench(self.learn).inliers:
+        self._check_split(names, len(judged))
+        return judged[self.rest]
+    known = len(self.seen & set(names))
     if known > .01*len(judged):
         raise ValueError(f'{known:,} of the {len(judged):,} inliers made this detector: '
                          'give others with inliers=, for a fair report')
@@ -378,9 +502,7 @@ def load_detector(
     if differ:
         raise ValueError(f'{path} is of another network, {len(differ)} tensors differ ({", ".join(differ[:3])}): '
                          'give a learner with the network that the detector was made with')
-    theirs,ours = about['normalize'],_about(learn, None)['normalize']
-    if theirs != ours:
-        raise ValueError(f'{path} normalises with {theirs}, the learner with {ours}: give it the same Normalize')
+    _check_inputs(about, learn, path)
     learn.model.load_state_dict(weights)
     seen = frozenset(tensors['seen'].tolist())
     score = named_scores[about['score']]

@@ -287,7 +287,7 @@ def flag_folder(
             with Image.open(file) as image: x = resized(image, about['resize'])
             if list(x.shape[1:]) != about['shape'][1:]: raise ValueError(f'has {x.shape}, not {about["shape"]}')
             x = np.broadcast_to(x, about['shape'])[None].copy()
-        except (OSError,ValueError) as e:
+        except Exception as e: # Pillow raises a dozen kinds
             print(f'{file}: {e}', file=sys.stderr)
             continue
         if about['pixels'] == 'float': x = x.astype(np.float32)/255
@@ -303,12 +303,11 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 '''
-
-_tail = '''
+_main = '''
 if __name__ == '__main__':
-    if len(sys.argv) != 3: sys.exit(__doc__)
+    if len(sys.argv) != 3: sys.exit('give a detector and a folder: python flag.py detector.onnx FOLDER')
     for path in sys.argv[1:]:
-        if not Path(path).exists(): sys.exit(f'there is no {path}: {__doc__}')
+        if not Path(path).exists(): sys.exit(f'there is no {path}')
     flag_folder(*sys.argv[1:])
 '''
 
@@ -317,7 +316,7 @@ def flag_script(
 )->Path:
     "Write a program that flags the images of a folder by an exported detector, without fastai and this library"
     parts = [inspect.getsource(o) for o in (resized, open_graph, flag_folder)]
-    write_whole(path, _head + '\n'.join(parts) + _tail)
+    write_whole(path, _head + '\n'.join(parts) + _main)
     return Path(path)
 
 # %% ../nbs/25_graph.ipynb #97a90025

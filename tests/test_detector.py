@@ -1,16 +1,22 @@
 "The way from a learner to a flag: which images may calibrate, what travels, and what is refused."
 
+import shutil
 import warnings
 
 import fastai.callback.all  # noqa: F401 (brings `no_bar`)
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
+from fastai.data.block import DataBlock, MultiCategoryBlock, RegressionBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import get_image_files
+from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.augment import Resize
-from fastai.vision.data import ImageDataLoaders
+from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
 
 from aoe_nb.attack import FGSM
@@ -129,6 +135,104 @@ def test_bad_input_leaves_no_detector(learn, settings, says):
     assert vars(learn).get('detector') is before
 
 
+def untrained(dls, n_out=None):
+    torch.manual_seed(0)
+    return Learner(dls, small_cnn(3, n_out or dls.c))
+
+
+plain = dict(item_tfms=Resize(8), bs=32, num_workers=0, device=torch.device('cpu'), seed=0)
+
+
+@pytest.mark.parametrize('kind', ['df', 'lists', 'get_x'])
+def test_files_are_known_however_a_loader_names_them(folder, kind):
+    files = get_image_files(folder)
+    labels = [o.parent.name for o in files]
+    if kind == 'df':
+        df = pd.DataFrame(dict(name=[str(o.relative_to(folder)) for o in files], label=labels))
+        dls = ImageDataLoaders.from_df(df, folder, fn_col='name', label_col='label', **plain)
+    elif kind == 'lists':
+        dls = ImageDataLoaders.from_lists(folder, files, labels, **plain)
+    else:
+        block = DataBlock(
+            (ImageBlock, RegressionBlock(2)),
+            get_items=lambda o: range(len(files)),
+            get_x=lambda i: files[i],
+            get_y=lambda i: [0.0, 1.0],
+            item_tfms=Resize(8),
+        )
+        dls = block.dataloaders(folder, num_workers=0, device='cpu')
+    learn = untrained(dls, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        det = learn.ood_detector(fpr=0.1)
+    assert len(det.seen) == len(det.scores)
+    for source in files, [(o, 0) for o in files], folder:
+        with pytest.raises(ValueError, match='trained the network'):
+            learn.ood_detector(source)
+
+
+def test_copies_of_training_files_are_known(of_files, folder, tmp_path):
+    shutil.copytree(folder / 'train', tmp_path / 'copies')
+    for source in tmp_path / 'copies', get_image_files(tmp_path / 'copies'):
+        with pytest.raises(ValueError, match='126 of 126 inliers are copies of files that trained'):
+            of_files.ood_detector(source)
+    shutil.copytree(folder / 'valid', tmp_path / 'others')
+    assert of_files.ood_detector(tmp_path / 'others').about['n'] == 400
+
+
+def test_a_folder_of_test_images_has_folders(of_files, folder, tmp_path):
+    (tmp_path / 'test').symlink_to(folder / 'valid')
+    for source in tmp_path / 'test' / '4', get_image_files(tmp_path / 'test'):
+        with pytest.raises(ValueError, match='test images'):
+            of_files.ood_detector(source)
+
+
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_half_of_a_shuffled_validation_set_cannot_be_kept_apart(learn, shuffle):
+    def loader(images, shuffle):
+        rows = torch.utils.data.TensorDataset(images.x.float() / 255, images.y)
+        return torch.utils.data.DataLoader(rows, 64, shuffle=shuffle)
+
+    dls = DataLoaders(loader(inliers('digits7'), True), loader(inliers('digits7', 'test'), shuffle))
+    other = Learner(dls, small_cnn(1, 7), CrossEntropyLossFlat())
+    if shuffle:
+        with pytest.raises(ValueError, match='comes in another order each time'):
+            other.ood_detector()
+    else:
+        with pytest.warns(UserWarning, match='cannot be seen whether'):
+            assert len(other.ood_detector().rest) == 567
+
+
+def test_every_class_of_the_network_has_a_name(folder):
+    learn = untrained(ImageDataLoaders.from_folder(folder, valid='valid', **plain), 9)
+    det = learn.ood_detector()
+    assert det.about['classes'][-2:] == ['7', '8']
+    with torch.no_grad():
+        det.learn.model[-1].bias[8] = 99
+    with pytest.raises(ValueError, match='too few held-out inliers are predicted as'):
+        learn.ood_detector(by='class')
+    assert (learn.ood_detector()(folder / 'valid')['class'] == '8').all()
+
+
+def test_what_is_no_classifier(folder):
+    block = DataBlock(
+        (ImageBlock, RegressionBlock()), get_items=get_image_files, get_y=lambda o: 1.0, item_tfms=Resize(8)
+    )
+    learn = untrained(block.dataloaders(folder, num_workers=0, device='cpu'), 1)
+    with pytest.raises(ValueError, match='names no class'):
+        learn.ood_detector(fpr=0.1)
+    assert learn.ood_detector(fpr=0.1, score=lambda logits: logits[:, 0].abs()).about['classes'] == ['0']
+    block = DataBlock(
+        (ImageBlock, MultiCategoryBlock),
+        get_items=get_image_files,
+        get_y=lambda o: [o.parent.name],
+        item_tfms=Resize(8),
+    )
+    learn = untrained(block.dataloaders(folder, num_workers=0, device='cpu'), 7)
+    with pytest.warns(UserWarning, match='several classes at once'):
+        learn.ood_detector(fpr=0.1)
+
+
 # A verdict on images in any form
 
 
@@ -150,6 +254,41 @@ def test_what_is_shown_is_what_was_judged(of_files, folder):
     assert [ax.images[0].get_array().shape for ax in axs.flat] == [(8, 8, 3)] * 3
     first = det(folder / 'valid').sort_values('score', ascending=False).iloc[0]
     assert f'{first.score:.2f}' in axs.flat[0].get_title()
+
+
+@pytest.mark.parametrize('source', ['shuffled', 'generator', 'one'])
+def test_each_picture_has_its_own_score(det, source):
+    test = inliers('digits7', 'test')
+    images = dict(shuffled=test.dl(64, shuffle=True), generator=(o for o in test.x.split(100)), one=test.x[0])
+    for ax in det.show(images[source], n=4).flat:
+        pixels = torch.tensor(np.array(ax.images[0].get_array()))[:, :, :1].permute(2, 0, 1)
+        assert f'{det(pixels).score[0]:.2f}' in ax.get_title()
+
+
+def test_no_pictures(det):
+    with pytest.raises(ValueError, match='at least 1, not 0'):
+        det.show(inliers('digits7', 'test'), n=0)
+
+
+def test_rows_are_called_by_their_file_or_number(of_files, folder):
+    det = of_files.ood_detector()
+    files = get_image_files(folder / 'valid')[:3]
+    assert det(of_files.dls.test_dl(files)).file.tolist() == [str(o) for o in files]
+    assert det(of_files.dls.valid).file.tolist() == [str(o) for o in of_files.dls.valid.items]
+    assert det([Image.open(o) for o in files]).file.tolist() == ['0', '1', '2']
+    assert det(of_files.dls.train).file.tolist()[:2] == ['0', '1']
+
+
+def test_files_of_another_size_are_refused_where_nothing_resizes(folder, tmp_path):
+    dls = ImageDataLoaders.from_folder(folder, valid='valid', bs=32, num_workers=0, device=torch.device('cpu'))
+    det = untrained(dls).ood_detector()
+    Image.new('RGB', (21, 16)).save(tmp_path / 'other.png')
+    with pytest.raises(ValueError, match=r'made with images of \[3, 16, 20\], there is one of \[3, 16, 21\]'):
+        det(tmp_path / 'other.png')
+    files = [*get_image_files(folder / 'valid')[:100], tmp_path / 'other.png']
+    loader = DataBlock((ImageBlock, MultiCategoryBlock), get_y=lambda o: ['4'], splitter=lambda o: ([0], range(101)))
+    det = untrained(loader.dataloaders(files, bs=1, num_workers=0, device='cpu'), 7).ood_detector(files[1:])
+    assert det.about['shape'] == [3, None, None] and len(det(tmp_path / 'other.png')) == 1
 
 
 def test_a_network_that_breaks_down_is_strange(learn, det):
@@ -184,6 +323,32 @@ def test_a_network_that_went_on_training_is_refused(learn, det, strange):
     finally:
         learn.model.load_state_dict(kept)
     assert 'found' in learn.ood_report(strange)
+
+
+def test_other_images_and_another_split_are_refused(folder, strange, tmp_path):
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=0.6, **plain)
+    learn = untrained(dls)
+    det = learn.ood_detector()
+    file = det.save(tmp_path / 'detector.safetensors')
+    sets = dict(mine=folder / 'train' / '4')
+    report = det.report(sets)
+    norm = Normalize.from_stats([0.5] * 3, [0.1] * 3, cuda=False)
+    cases = {
+        'takes images of': dict(item_tfms=Resize(16)),
+        'normalises with': dict(batch_tfms=norm),
+        'not the one that this detector': dict(seed=1),
+        'so which of its images are left': dict(valid_pct=0.5),
+    }
+    for says, settings in cases.items():
+        other = ImageDataLoaders.from_folder(folder, **dict(valid_pct=0.6) | plain | settings)
+        learn.dls = other
+        with pytest.raises(ValueError, match=says):
+            det.report(sets)
+        with pytest.raises(ValueError, match=says):
+            load_detector(file, untrained(other)).report(sets)
+    learn.dls = dls
+    assert det.report(sets).equals(report)
+    assert load_detector(file, untrained(dls)).report(sets).equals(report)
 
 
 # What it costs

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 import warnings
@@ -254,6 +255,23 @@ def test_a_learner_in_memory_takes_files_of_its_size(digits, tmp_path, capsys):
     got = pd.read_csv(io.StringIO(out))
     assert len(got) == 1 and np.isclose(got.score, det(tmp_path / 'right.png').score, 1e-5)
     assert 'wrong.png' in err and 'wrong2.png' in err and 'd.pt2' in err
+
+
+def test_the_program_goes_on_after_any_damage_and_says_what_it_needs(digits, tmp_path, capsys):
+    file = digits.ood_detector().export(tmp_path / 'd.pt2')
+    (tmp_path / 'new').mkdir()
+    Image.fromarray(inliers('digits7', 'test').x[0, 0].numpy()).save(tmp_path / 'new' / 'right.png')
+    bomb = io.BytesIO()
+    Image.new('L', (8, 8)).save(bomb, 'BMP')
+    bomb = bytearray(bomb.getvalue())
+    bomb[18:26] = struct.pack('<ii', 60_000, 60_000)  # says that it is larger than Pillow opens
+    (tmp_path / 'new' / 'bomb.bmp').write_bytes(bomb)
+    room.flag_folder(file, tmp_path / 'new')
+    out, err = capsys.readouterr()
+    assert 'right.png' in out and 'bomb.bmp' in err
+    script = flag_script(tmp_path / 'flag.py')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith('give a detector and a folder')
 
 
 def test_the_learner_is_left_alone(digits, tmp_path, capfd):
