@@ -153,7 +153,7 @@ def aoe_run(
 
     Experiments: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start),
     recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
-    the hard attacks)"""
+    the hard attacks), curve (two epochs, looked at on the way), samples (fewer outliers), adv (inliers attacked)"""
     from aoe_nb.study.protocol import experiments, starts
     if name and not list: _known(name, experiments, 'experiment')
     ids = ids.split(',')

@@ -458,7 +458,7 @@ def beside(
     found = pd.Series({name: share(rows) for name,(_,rows) in outs.items()})
     res = df.assign(flagged=share(s_in), found=found)
     for name,chosen in averaged(df.group[found.index]).items():
-        res.loc[name,'found'] = found[chosen.to_numpy()].mean()
+        res.loc[name,'found'] = found[chosen].mean()
     return res[[*df.columns.drop('group'), 'flagged', 'found', 'group']]
 
 # %% ../nbs/24_detector.ipynb #de7e002a

@@ -214,7 +214,8 @@ def averaged(
     groups, # Series: near, far, noise, own or None
 )->dict: # {mean: which sets}
     "Which sets each mean of a report is over, from the groups of all sets; noise is in none"
-    sets = {'mean near': groups == 'near', 'mean far': groups == 'far', 'mean natural': groups != 'noise'}
+    of = groups.to_numpy(object)
+    sets = {'mean near': of == 'near', 'mean far': of == 'far', 'mean natural': of != 'noise'}
     return {name: chosen for name,chosen in sets.items() if chosen.any()}
 
 def report_means(
@@ -224,10 +225,11 @@ def report_means(
     means = {}
     values = df[metric_names].to_numpy(float)
     for name,chosen in averaged(df.group).items():
-        mean = values[chosen.to_numpy()].mean(axis=0)
+        mean = values[chosen].mean(axis=0)
         means[name] = dict(zip(metric_names, mean), group='mean')
     means = pd.DataFrame.from_dict(means, orient='index')
-    return pd.concat([df, means]).rename_axis('set').astype(dict(n_in='Int64', n_out='Int64'))
+    res = pd.concat([df, means]).rename_axis('set')
+    return res.assign(**{k: res[k].astype('Int64') for k in ('n_in','n_out')})
 
 # %% ../nbs/06_metrics.ipynb #06000027
 def _distance(distances, replicates):
@@ -266,7 +268,6 @@ def report_from_scores(
     intervals = dict(zip(df.index, map(_named, limits)))
     values,limits,reps = df[metric_names].to_numpy(float),np.array(limits),np.array(reps)
     for name,chosen in averaged(df.group).items():
-        chosen = chosen.to_numpy()
         intervals[name] = _named(_mean_limits(values[chosen], limits[chosen], reps[chosen]))
     return report_means(df).join(pd.DataFrame(intervals).T)
 
