@@ -19,7 +19,7 @@ import torchattacks
 from aoe_nb.attack import square
 from aoe_nb.data import inliers
 from aoe_nb.models import imagenet_stats, load_weights, resnet20, small_cnn
-from aoe_nb.record import provenance
+from aoe_nb.record import provenance, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 config = dict(images=100, queries=[1000, 5000], eps=dict(resnet20=0.5, small_cnn=0.25), weights='resnet20-12fca82f')
@@ -105,26 +105,32 @@ def compare(net, x, y, eps, n_queries, seed):
     )
 
 
+def written(out, seed, images, runs, stops, seconds):
+    "Write what is there, whole"
+    about = provenance()
+    about['versions']['torchattacks'] = version('torchattacks')
+    done = [int(q) for q in next(iter(runs.values()))]
+    res = dict(experiment='benchmarks', benchmark='square', config=config | dict(images=images, queries=done)) | about
+    res |= dict(seed=seed, runs=runs, seconds_to_the_median=stops, seconds=round(seconds, 1))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, json.dumps(res, indent=1) + '\n')
+
+
 @torch.no_grad()
 def main(images=config['images'], queries=config['queries'], seed=0, out=ROOT / 'results/benchmarks/square.json'):
     start = time.time()
     with torch.enable_grad():
         nets = networks()
-    runs, stops = {}, {}
-    for name, net in nets.items():
-        eps = config['eps'][name]
-        x, y = recognised(net, images)
-        runs[name] = {str(q): compare(net, x, y, eps, q, seed) for q in queries}
-        stops[name] = saved(net, x, eps, min(queries), seed)
-        print(name, {q: {k: v for k, v in o.items() if k != 'margins'} for q, o in runs[name].items()}, stops[name])
-    about = provenance()
-    about['versions']['torchattacks'] = version('torchattacks')
-    about = (
-        dict(experiment='benchmarks', benchmark='square', config=config | dict(images=images, queries=queries)) | about
-    )
-    res = about | dict(seed=seed, runs=runs, seconds_to_the_median=stops, seconds=round(time.time() - start, 1))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(res, indent=1) + '\n')
+    shown = {name: recognised(net, images) for name, net in nets.items()}
+    eps = config['eps']
+    stops = {name: saved(net, shown[name][0], eps[name], min(queries), seed) for name, net in nets.items()}
+    runs = {name: {} for name in nets}
+    for q in queries:
+        for name, net in nets.items():
+            found = compare(net, *shown[name], eps[name], q, seed)
+            runs[name][str(q)] = found
+            print(name, q, {k: v for k, v in found.items() if k != 'margins'}, flush=True)
+        written(out, seed, images, runs, stops, time.time() - start)  # the last number of queries takes most of an hour
 
 
 if __name__ == '__main__':
