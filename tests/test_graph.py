@@ -423,7 +423,7 @@ def test_what_is_missing(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(room, 'find_spec', lambda name: None if name == 'onnxscript' else True)
     with pytest.raises(ImportError, match=r'needs onnxscript: pip install .aoe_nb\[onnx\]'):
         det.export(tmp_path / 'd.onnx')
-    det.about = det.about | dict(shape=[3, None, None])
+    det.about = det.about | dict(shape=[1, None, None])
     with pytest.raises(ValueError, match=r'give size=\(height, width\)'):
         det.export(tmp_path / 'd.pt2')
     det.about = det.about | dict(shape=None)
