@@ -176,6 +176,24 @@ def attacker(self:Bench, attack, sign=1):
     return lambda x: attack(x, loss, generator=gen)
 
 @patch
+def under(
+    self:Bench,
+    attack, # moves the images first, None: they stay as they are
+    sign, # 1: the attack lowers the score, -1: raises it
+    measure, # images in [0,1] -> Tensor, one row an image
+    about, # what `measure` depends on besides the learner
+)->tuple: # what `over` takes: a function of images and labels, and what it depends on
+    "`measure` of images, if asked for after an attack on the score"
+    attack = check_attack(attack)
+    move = self.attacker(attack, sign)
+    def f(x, y):
+        if attack is not None: x = move(x)
+        with torch.no_grad(): return measure(x)
+    about = [*about, attack]
+    if attack is not None: about += [sign, self.seed]
+    return f,about
+
+@patch
 def scores(
     self:Bench,
     source, # images in any form: `Images`, path, tensor, list, data set, `DataLoader`
@@ -183,14 +201,8 @@ def scores(
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # (N,) on the CPU
     "Scores of `source`, if asked for under attack on that very score"
-    attack = check_attack(attack)
-    move = self.attacker(attack, sign)
-    def f(x, y):
-        if attack is not None: x = move(x)
-        with torch.no_grad(): return self.of_pixels(x, self.score).float()
-    about = [self.score, attack]
-    if attack is not None: about += [sign, self.seed]
-    return self.over(source, f, about)
+    def measure(x): return self.of_pixels(x, self.score).float()
+    return self.over(source, *self.under(attack, sign, measure, [self.score]))
 
 @patch
 def ood_scores(
@@ -215,17 +227,11 @@ def judged(
     sign=1, # 1: the attack lowers the score, -1: raises it
 )->Tensor: # (N,3) on the CPU
     "Score, predicted class and its probability of each image, if asked for under attack on the score"
-    attack = check_attack(attack)
-    move = self.attacker(attack, sign)
-    def f(x, y):
-        if attack is not None: x = move(x)
-        with torch.no_grad():
-            logits = self.logits(x)
-            probability,label = logits.softmax(1).max(1)
-            return torch.stack([self.of_pixels(x, self.score, logits).float(), label.float(), probability], 1)
-    about = [self.score, attack, 'judged']
-    if attack is not None: about += [sign, self.seed]
-    return self.over(source, f, about)
+    def measure(x):
+        logits = self.logits(x)
+        probability,label = logits.softmax(1).max(1)
+        return torch.stack([self.of_pixels(x, self.score, logits).float(), label.float(), probability], 1)
+    return self.over(source, *self.under(attack, sign, measure, [self.score, 'judged']))
 
 # %% ../nbs/07_evaluation.ipynb #0700001c
 @patch

@@ -104,7 +104,11 @@ def inputs(self:Graph, x):
     return x.to(precision(self.net) or x.dtype)
 
 @patch
-def forward(self:Graph, pixels):
+def forward(
+    self:Graph,
+    pixels, # (N,C,H,W), uint8 in 0..255 or float in [0,1], as the graph was made for
+)->dict: # label, probability, score, p and outlier, each (N,)
+    "All that the detector says of images"
     x = pixels.float()/255 if self.pixels == 'uint8' else pixels.clamp(0, 1)
     of_inputs = isinstance(self.score, on_input)
     again = x.clone() if of_inputs else None # the network may write on its inputs
