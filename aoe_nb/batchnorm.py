@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from .distributed import bare
 
 # %% ../nbs/04_batchnorm.ipynb #04a00001
 @dataclass
@@ -31,6 +32,7 @@ class _Asked:
     def of(self, x, **changes):
         "The rows `x` normalised so, or with those `changes`"
         o = replace(self, **changes)
+        if o.group is not None and o.training: return _synchronised(o, x)
         norm = F.instance_norm if self.per_image else F.batch_norm
         return norm(x, o.running_mean, o.running_var, o.weight, o.bias, o.training, o.momentum, o.eps)
 
@@ -149,6 +151,16 @@ def _mean_var(x, group):
     everywhere = shared(mean)
     return everywhere,shared(var + (mean-everywhere)**2)
 
+def _synchronised(asked, x):
+    "As `asked.of(x)` of a SyncBatchNorm: with the statistics of `x` in all processes"
+    mean,var = _mean_var(x.detach().float(), asked.group)
+    if asked.running_mean is not None:
+        count = torch.tensor(float(x.numel()//x.shape[1]), device=x.device)
+        distributed.all_reduce(count, group=asked.group)
+        asked.running_mean.lerp_(mean.to(asked.running_mean.dtype), asked.momentum)
+        asked.running_var.lerp_((var*count/(count-1)).to(asked.running_var.dtype), asked.momentum)
+    return norm_like(asked, x, x)
+
 def norm_like(layer, x, ref):
     "Normalise `x` with the batch statistics of `ref`, and let the gradient flow through these"
     wide = ref if ref.dtype == torch.float64 else ref.float()
@@ -266,6 +278,7 @@ def replace_once(
     look=True, # whether to make sure that these inliers do not see the rest of the batch, which takes a gradient
 ): # function that calls the replacement off
     "Replace BatchNorm's `forward` during the model's next pass, if that trains on `total` images"
+    model = bare(model) # a wrapper would take our look at gradients for the end of a backward pass
     layers = [m for m in model.modules() if _mixes(m)]
     if any(isinstance(m, torch.jit.ScriptModule) for m in layers):
         raise ValueError('the layers of a scripted model cannot be replaced: train the model that was scripted')

@@ -6,24 +6,29 @@
 __all__ = ['OutlierExposure']
 
 # %% ../nbs/05_exposure.ipynb #d8e0d17b
-import math, torch, warnings
+import math, numpy as np, torch, warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
-from torch import Tensor, nn
+from pathlib import Path
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.all import delegates, patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.learner import Learner, ValueMetric
-from fastai.torch_core import TensorImage, no_random, to_device
+from fastai.callback.tracker import TrackerCallback
+from fastai.learner import Learner, ValueMetric, join_path_file
+from fastai.torch_core import TensorImage, get_random_states, no_random, rank_distrib, set_random_states, to_device
 from .attack import check_attack, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
+from .distributed import bare, part_of, same_buffers, whole
 from .energy import energy, energy_margin, get_score, uniform_ce
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, steeper
-from .stream import OutlierStream, given
+from .record import write_whole
+from .stream import OutlierStream, given, loader_state, set_loader_state
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -140,11 +145,12 @@ def _precision(self:OutlierExposure):
 def _moved(self:OutlierExposure, attack, x, f):
     "Pixels `x` after `attack` on `f` of what the model gives, in eval mode"
     cast,scale = self._precision()
-    if self.gen is None: self.gen = torch.Generator(x.device).manual_seed(self.seed)
+    model = bare(self.model)
+    same_buffers(self.model, [t for both in self.aux.values() for t in both])
     def loss(x):
-        with cast: out = self.model(as_input(self.model, self.pixels.encode(x)))
-        return steeper(self.model, scale*f(out))
-    with eval_mode(self.model): return attack(x, loss, generator=self.gen)
+        with cast: out = model(as_input(model, self.pixels.encode(x)))
+        return steeper(model, scale*f(out))
+    with eval_mode(model): return attack(x, loss, generator=self._generator(x.device))
 
 @patch
 def _moved_out(self:OutlierExposure, x):
@@ -361,31 +367,239 @@ def after_fit(self:OutlierExposure):
     self._hide_columns()
     self._rewind()
 
+# %% ../nbs/05_exposure.ipynb #05e00002
+@patch
+def _take_part(self:OutlierExposure):
+    "Draw this process's part of the outliers, and find the layers again that SyncBatchNorm has replaced"
+    self.stream.rank,self.stream.world = part_of(self.learn)
+    modules = dict(bare(self.model).named_modules())
+    now = {module: name for name,module in modules.items()}
+    named = {(now | self.layer_names)[layer]: both for layer,both in self.aux.items()}
+    self.aux = {modules[name]: both for name,both in named.items() if name in modules}
+    self.layer_names = now
+
+@patch
+def _generator(self:OutlierExposure, device):
+    "The random numbers of an attack, in each process others"
+    if self.gen is None: self.gen = torch.Generator(device).manual_seed(self.seed)
+    if self.stream.world == 1: return self.gen
+    seed = int(torch.randint(2**31, (1,), generator=self.gen, device=device))
+    return torch.Generator(device).manual_seed(seed + self.stream.rank)
+
+# %% ../nbs/05_exposure.ipynb #05e00004
+# until something is trained or loaded
+OutlierExposure.epochs_done = 0 # trained so far
+OutlierExposure.random_then = None # random numbers at the end of the last of them, in each process
+OutlierExposure.unlike = None # why what was loaded is not the state of this training
+OutlierExposure.epoch_ran = False # whether this epoch trains, and is not skipped
+OutlierExposure.layer_names = {} # their names
+
+def _random_now(dl):
+    "All random numbers that the next epoch may use, of types that PyTorch reads without running code"
+    states = get_random_states()
+    name,keys,*rest = states['numpy_state']
+    numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return dict(python=states['random_state'], numpy=numpy, torch=states['torch_state'],
+                cuda=states['torch_cuda_state'], loader=loader_state(whole(dl)))
+
+def _set_random(state, dl):
+    "Bring all random numbers to the `state` that `_random_now` saw"
+    name,keys,*rest = state['numpy']
+    now = get_random_states()
+    here = len(state['cuda']) == len(now['torch_cuda_state'])
+    now['torch_cuda_state'] = [o.cpu() for o in state['cuda']] if here else now['torch_cuda_state']
+    now['numpy_state'] = name,keys.cpu().numpy().astype(np.uint32),*rest
+    set_random_states(**now | dict(random_state=state['python'], torch_state=state['torch'].cpu()))
+    set_loader_state(whole(dl), state['loader'])
+
+@patch
+def _random_everywhere(self:OutlierExposure):
+    "The random numbers of every process"
+    mine = _random_now(self.dls.train)
+    if self.stream.world == 1: return [mine]
+    res = [None]*self.stream.world
+    distributed.all_gather_object(res, mine)
+    return res
+
+# %% ../nbs/05_exposure.ipynb #05e00005
 @patch
 def state_dict(self:OutlierExposure):
-    "Where the random streams of outliers and attacks are, and the outliers' own BatchNorm statistics"
+    "Where outliers and attacks are, the outliers' own BatchNorm statistics, and the end of the last epoch"
+    names = {module: name for name,module in bare(self.model).named_modules()} | self.layer_names
+    aux = {names[layer]: (mean.clone(),var.clone()) for layer,(mean,var) in self.aux.items()}
     gen = None if self.gen is None else self.gen.get_state()
-    aux = {layer: (mean.clone(),var.clone()) for layer,(mean,var) in self.aux.items()}
-    return dict(stream=self.stream.state_dict(), gen=gen, aux=aux)
+    return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, epochs_done=self.epochs_done,
+                random_then=self.random_then, unlike=self.unlike or self._unfinished())
+
+@patch
+def _unfinished(self:OutlierExposure):
+    "What is going on that a checkpoint does not hold, None if nothing is"
+    if getattr(self.learn, 'training', False): return 'it was saved in the middle of an epoch'
+    waiting = getattr(getattr(self.learn, 'gradient_accumulation', None), 'count', 0)
+    return 'it was saved while gradients were being accumulated' if waiting else None
 
 @patch
 def load_state_dict(self:OutlierExposure, sd):
     "Go on from `state_dict`"
-    self.before_lr_find = None
+    modules = dict(bare(self.model).named_modules())
+    missing = [name for name in sd['aux'] if name not in modules]
+    if missing: raise ValueError(f"the state has the outliers' statistics of {missing[0]}, which this model lacks")
     self.stream.load_state_dict(sd['stream'])
+    self.before_lr_find = None
+    self.layer_names = {module: name for name,module in modules.items()}
     self.aux.clear()
-    self.aux.update(sd['aux'])
+    for name,both in sd['aux'].items():
+        self.aux[modules[name]] = tuple(t.to(modules[name].running_mean.device) for t in both)
     if sd['gen'] is None: self.gen = None
     else:
         if self.gen is None: self.gen = torch.Generator(self.dls.device)
-        self.gen.set_state(sd['gen'])
+        self.gen.set_state(sd['gen'].cpu())
+    for name in 'epochs_done','random_then','unlike': setattr(self, name, sd[name])
+
+# %% ../nbs/05_exposure.ipynb #05e00007
+@patch
+def _start_epoch(self:OutlierExposure):
+    "The epoch that `fit` was told to begin with"
+    return self.learn.skip_to_epoch._skip_to if hasattr(self.learn, 'skip_to_epoch') else 0
+
+@patch
+def before_epoch(self:OutlierExposure):
+    "Take this process's part, and say why a resumed run cannot be exact"
+    self.epoch_ran = False
+    self._attach(self.learn)
+    if self.stream is None: return
+    self._take_part()
+    if self.epoch == self._start_epoch() > 0: self._look_at_resumption()
+
+@patch
+def after_train(self:OutlierExposure): self.epoch_ran = True
+
+@patch
+def after_epoch(self:OutlierExposure):
+    "Note where an epoch ended, or go there when the epochs before the first have been skipped"
+    if self.epoch_ran:
+        self.epoch_ran = False
+        self.epochs_done = self.epoch+1
+        self.unlike = None
+        self.random_then = self._random_everywhere()
+    elif self.epoch+1 == self._start_epoch() == self.epochs_done and len(self.random_then or []) == self.stream.world:
+        _set_random(self.random_then[self.stream.rank], self.dls.train)
+
+# %% ../nbs/05_exposure.ipynb #05e00009
+class _Beside:
+    "An optimizer as `learn.save` and `learn.load` see it, with the state of the exposure beside its own"
+    def __init__(self, learn):
+        self.opt = learn.opt
+        self.cb = learn.outlier_exposure
+        self.found = None
+
+    def state_dict(self): return {**self.opt.state_dict(), 'outlier_exposure': self.cb.state_dict()}
+
+    def load_state_dict(self, sd):
+        self.found = sd.pop('outlier_exposure', None)
+        self.opt.load_state_dict(sd)
+
+class _Door:
+    "`learn.save` or `learn.load` while the learner is exposed; a copy and an exported learner have fastai's own"
+    def __init__(self, learn, name):
+        self.learn = learn
+        self.name = name
+
+    def __reduce__(self): return partial,(getattr(type(self.learn), self.name),self.learn)
+
+    def __call__(self, file, *args, **kwargs):
+        learn = self.learn
+        if learn.opt is None and self.name == 'load': learn.create_opt()
+        fastais = getattr(type(learn), self.name)
+        cb = getattr(learn, 'outlier_exposure', None)
+        if learn.opt is None or getattr(cb, 'stream', None) is None: return fastais(learn, file, *args, **kwargs)
+        opt = learn.opt
+        learn.opt = _Beside(learn)
+        try: return getattr(self, f'_{self.name}')(fastais, file, *args, **kwargs)
+        finally: learn.opt = opt
+
+    def _save(self, fastais, file, **kwargs):
+        file = join_path_file(file, self.learn.path/self.learn.model_dir, ext='.pth')
+        if rank_distrib() or not isinstance(file, Path): return fastais(self.learn, file, **kwargs)
+        write_whole(file, lambda f: fastais(self.learn, f, **kwargs))
+        return file
+
+    def _load(self, fastais, file, *args, **kwargs):
+        res = fastais(self.learn, file, *args, **kwargs)
+        self.learn.outlier_exposure.found(self.learn.opt.found)
+        return res
+
+# %% ../nbs/05_exposure.ipynb #05e00015
+@patch
+def found(self:OutlierExposure, state):
+    "Go on from the `state` that a file had, None if it had none, or remember why that cannot be"
+    self.epochs_done = 0
+    self.unlike = 'what was loaded does not say where the outliers were: save and load with_opt=True'
+    if state is None: return
+    try: self.load_state_dict(state)
+    except ValueError as e: self.unlike = str(e)
+
+# %% ../nbs/05_exposure.ipynb #05e00010
+@patch
+def _attach(self:OutlierExposure, learn):
+    "Let the files of `learn` keep the state"
+    for name in 'save','load': vars(learn).setdefault(name, _Door(learn, name))
+
+def _learner_of(self): return self.__dict__.get('learn')
+
+def _belong_to(self, learn):
+    "fastai tells a callback its learner when it is added, and None when it is removed"
+    for name in 'save','load':
+        if isinstance(getattr(self.learn, name, None), _Door): delattr(self.learn, name)
+    self.__dict__['learn'] = learn
+    if learn is not None: self._attach(learn)
+
+OutlierExposure.learn = property(_learner_of, _belong_to)
+
+# %% ../nbs/05_exposure.ipynb #05e00012
+@patch
+def _reasons(self:OutlierExposure, start):
+    "Why a run that goes on with epoch `start` cannot be the one that was interrupted"
+    if self.unlike: yield self.unlike
+    elif not self.epochs_done: yield 'nothing was loaded that says where the outliers were'
+    elif self.epochs_done != start: yield f'what was loaded is the state after epoch {self.epochs_done}, and not after {start}'
+    elif len(self.random_then) != self.stream.world:
+        yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
+    if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
+    for cb in self.learn.cbs:
+        keeps_none = getattr(cb, 'every_epoch', False) or getattr(cb, 'at_end', False)
+        if isinstance(cb, TrackerCallback) and not keeps_none: yield f'{type(cb).__name__} forgets what was best'
+    scaler = getattr(self.learn, 'scaler', None)
+    if scaler is not None and scaler.is_enabled(): yield 'the scale of float16 gradients starts over'
+    on_gpu = next(self.model.parameters()).is_cuda
+    if on_gpu and not torch.are_deterministic_algorithms_enabled():
+        yield 'a GPU adds in any order, unless torch.use_deterministic_algorithms(True) forbids it'
+
+@patch
+def _look_at_resumption(self:OutlierExposure):
+    "Say what keeps this resumed run from being exact"
+    reasons = list(self._reasons(self._start_epoch()))
+    if reasons: warnings.warn('this run will differ from one without interruption: ' + '; '.join(reasons), stacklevel=2)
+
+@patch
+def resume(self:Learner,
+    fname='model', # of `SaveModelCallback(every_epoch=True, with_opt=True, fname=fname)`
+)->int: # epochs done, for `fit(start_epoch=)`; 0 if there is no checkpoint
+    "Load the last checkpoint of `SaveModelCallback`, if there is one"
+    folder = self.path/self.model_dir
+    done = [int(f.stem.rpartition('_')[2]) for f in folder.glob(f'{fname}_*.pth') if f.stem.rpartition('_')[2].isdigit()]
+    if not done: return 0
+    self.load(f'{fname}_{max(done)}', with_opt=True)
+    return max(done)+1
 
 # %% ../nbs/05_exposure.ipynb #f2991b03
 _not_exported = 'stream','gen','aux','off','logits_out','pixels','before_lr_find'
 
+_of_this_run = 'epochs_done','random_then','layer_names','epoch_ran','unlike'
+
 @patch
 def __getstate__(self:OutlierExposure):
-    return {k: v for k,v in self.__dict__.items() if k not in _not_exported}
+    return {k: v for k,v in self.__dict__.items() if k not in _not_exported + _of_this_run}
 
 @patch
 def __setstate__(self:OutlierExposure, d):

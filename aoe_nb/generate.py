@@ -15,10 +15,11 @@ from pathlib import Path
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from fastcore.all import patch
+from fastcore.all import L, patch
 from .attack import eval_mode
 from .data import Images, inliers
 from .device import DeviceMixedPrecision, keep_memory
+from .distributed import bare, whole
 from .loaders import RandomCropFlip
 from .models import check_weights, save_weights, weights_file
 from .record import check_writable, provenance, write_whole
@@ -27,7 +28,7 @@ from fastai.callback.all import *
 from fastai.layers import SelfAttention, icnr_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device, params
+from fastai.torch_core import default_device, params, rank_distrib
 
 # %% ../nbs/11_generate.ipynb #d4afde50
 class _ConditionalNorm(nn.Module):
@@ -200,7 +201,7 @@ class Checkpoint(Callback):
     def before_epoch(self):
         seed = 1000*self.seed + self.epoch
         torch.manual_seed(seed)
-        self.dls.train.rng.seed(seed)
+        whole(self.dls.train).rng.seed(seed)
         self.seen = []
         self.start = time.time()
 
@@ -216,21 +217,28 @@ class Checkpoint(Callback):
         losses = {k: round(float(v), 4) for k,v in means.items()}
         seconds = round(time.time()-self.start, 1)
         self.log.append(dict(epoch=self.epoch, **losses, seconds=seconds))
-        state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), log=self.log, about=self.about)
-        write_whole(self.path.with_suffix('.pth'), lambda f: torch.save(state, f))
+        if not rank_distrib(): write_whole(self.path.with_suffix('.pth'), lambda f: torch.save(self._state(), f))
+
+    def _state(self):
+        state = dict(model=bare(self.model).state_dict(), opt=self.opt.state_dict(), log=self.log, about=self.about)
+        exposure = getattr(self.learn, 'outlier_exposure', None)
+        return state | dict(exposure=exposure and exposure.state_dict())
 
 # %% ../nbs/11_generate.ipynb #11b00009
 def _shapes(state): return {k: v.shape for k,v in state.items()}
 
 def _read_checkpoint(f, learn, about):
     "What the checkpoint `f` holds, if `learn` can go on from it"
-    try: state = torch.load(f, map_location=learn.dls.device, weights_only=False)
+    numbers = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]
+    try:
+        with torch.serialization.safe_globals([L, *numbers]):
+            state = torch.load(f, map_location=learn.dls.device, weights_only=True)
     except Exception as e:
         raise ValueError(f'cannot read the checkpoint {f} ({type(e).__name__}): remove it to start over') from None
     if about and state.get('about', about) != about:
         raise ValueError(f'{f} is a checkpoint of other data or another recipe: '
                          'remove it, or choose another folder or seed')
-    if _shapes(learn.model.state_dict()) != _shapes(state['model']):
+    if _shapes(bare(learn.model).state_dict()) != _shapes(state['model']):
         raise ValueError(f'{f} is a checkpoint of another architecture or number of classes: '
                          'remove it, or choose another folder, preset or seed')
     return state
@@ -244,8 +252,10 @@ def resume(self:Checkpoint):
     state = _read_checkpoint(f, self.learn, self.about)
     self.model.to(self.dls.device)
     if self.learn.opt is None: self.learn.create_opt()
-    self.model.load_state_dict(state['model'])
+    bare(self.model).load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
+    exposure = getattr(self.learn, 'outlier_exposure', None)
+    if exposure: exposure.found(state.get('exposure'))
     self.log = state['log']
     return len(self.log)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from fastcore.all import L, chunked, patch
 from fasttransform import DisplayedTransform, Transform
+from .distributed import whole
 from .images import Images
 from .sources import class_of, fit, image_files, is_image, read_file, read_images
 import fastai.vision.data # noqa: F401 (how batches of images are shown)
@@ -260,7 +261,7 @@ def new_empty(self:Images):
 class Pixels:
     "From [0,1] images to a model's inputs and back, by the `Normalize` of a `DataLoader`, if it has one"
     def __init__(self, dl):
-        steps = getattr(getattr(dl, 'after_batch', None), 'fs', [])
+        steps = getattr(getattr(whole(dl), 'after_batch', None), 'fs', [])
         steps = [o for o in steps if not isinstance(o, IntToFloatTensor)]
         found = [o for o in steps if isinstance(o, Normalize)]
         if len(found) > 1: raise ValueError('the pipeline normalises twice: remove one Normalize')
@@ -547,6 +548,7 @@ def shape_of(
     dl, # a loader of images
 )->tuple: # channels, height, width; None where it cannot be asked without using it up
     "The shape of the images that a loader gives"
+    dl = whole(dl)
     ds = getattr(dl, 'dataset', None)
     try: n = len(ds)
     except TypeError: return None
