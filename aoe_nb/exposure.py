@@ -18,7 +18,7 @@ from fastcore.all import delegates, patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.tracker import TrackerCallback
+from fastai.data.core import TfmdDL
 from fastai.learner import Learner, ValueMetric, join_path_file
 from fastai.torch_core import TensorImage, get_random_states, no_random, rank_distrib, set_random_states, to_device
 from .attack import check_attack, eval_mode
@@ -482,8 +482,17 @@ def after_epoch(self:OutlierExposure):
         self.epochs_done = self.epoch+1
         self.unlike = None
         self.random_then = self._random_everywhere()
-    elif self.epoch+1 == self._start_epoch() == self.epochs_done and len(self.random_then or []) == self.stream.world:
-        _set_random(self.random_then[self.stream.rank], self.dls.train)
+    elif self.epoch+1 == self._start_epoch() == self.epochs_done: self._go_there()
+
+@patch
+def _go_there(self:OutlierExposure):
+    "Bring all random numbers to where they were at the end of the last epoch that was trained"
+    if len(self.random_then) != self.stream.world: return # said in a moment
+    dl = self.dls.train
+    if isinstance(dl, TfmdDL):
+        dl.before_iter()
+        dl.n_inp # fastai's look at an image
+    _set_random(self.random_then[self.stream.rank], dl)
 
 # %% ../nbs/05_exposure.ipynb #05e00009
 class _Beside:
@@ -566,9 +575,6 @@ def _reasons(self:OutlierExposure, start):
     elif len(self.random_then) != self.stream.world:
         yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
-    for cb in self.learn.cbs:
-        keeps_none = getattr(cb, 'every_epoch', False) or getattr(cb, 'at_end', False)
-        if isinstance(cb, TrackerCallback) and not keeps_none: yield f'{type(cb).__name__} forgets what was best'
     scaler = getattr(self.learn, 'scaler', None)
     if scaler is not None and scaler.is_enabled(): yield 'the scale of float16 gradients starts over'
     on_gpu = next(self.model.parameters()).is_cuda

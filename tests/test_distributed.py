@@ -1,0 +1,151 @@
+"""Two and three processes on a CPU: together they train what one would train, and a death is heard."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('accelerate', reason='pip install accelerate')
+
+import ranks  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+def environment():
+    here = f'{HERE.parent}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+    return os.environ | dict(PYTHONPATH=here, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+
+
+def torchrun(task, world, folder, check=True):
+    "Run `task` of ranks.py in `world` processes; what each of them kept"
+    run = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world)]
+    done = subprocess.run([*run, HERE / 'ranks.py', task, folder], capture_output=True, text=True, env=environment())
+    if not check:
+        return done
+    assert not done.returncode, done.stderr[-3000:]
+    return [torch.load(folder / f'{task}-{rank}.pt', weights_only=False) for rank in range(world)]
+
+
+def rows(xs):
+    "Images as a sorted list, so that two multisets can be compared"
+    return sorted(map(tuple, torch.cat(xs).flatten(1).tolist()))
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_together_they_train_what_one_process_trains(tmp_path, world):
+    learn = ranks.learner(1, ranks.in_order(world))
+    attack = ranks.exposed(learn)
+    weights = ranks.fit(learn)
+    res = torchrun('share', world, tmp_path)
+    for step, one in enumerate(attack.seen):  # step by step, so epoch by epoch too
+        assert rows([one]) == rows([o['seen'][step] for o in res])
+    for o in res:
+        assert torch.equal(o['weights'], res[0]['weights'])
+        assert (o['weights'] - weights).abs().max() < 1e-6
+    noise = [tuple(n.tolist()) for o in res for n in o['noise']]
+    assert len(set(noise)) == len(noise)
+
+
+def test_a_full_pass_has_no_image_twice(tmp_path):
+    "The first 24 outliers of an epoch of 30: none is drawn by both"
+    a, b = torchrun('share', 2, tmp_path)
+    first = [rows(o['seen'][:2]) for o in (a, b)]
+    assert not set(first[0]) & set(first[1])
+    assert len(set(first[0] + first[1])) == 24
+
+
+def test_an_attack_talks_to_nobody(tmp_path):
+    for o in torchrun('silent_attack', 2, tmp_path):
+        assert len(o['during']) == 8
+        assert all(not any(d.values()) for d in o['during'])
+        assert o['count']['averages'] >= 8 and o['count']['passes'] >= 8
+
+
+def test_the_pipeline_is_found_behind_the_wrapper(tmp_path):
+    for o in torchrun('pipeline', 2, tmp_path):
+        assert o == dict(marked=True, found=True)
+
+
+def test_sync_bn_keeps_what_the_ways_promise(tmp_path):
+    for o in torchrun('sync_bn', 2, tmp_path):
+        assert len(o) == 5 and max(o.values()) < 1e-3, o
+
+
+def test_buffers_are_the_first_ones_when_an_attack_begins(tmp_path):
+    a, b = torchrun('bn_local', 2, tmp_path)
+    assert [len(o) for o in a['starts']] == [1] + [2] * 7
+    for one, other in zip(a['starts'], b['starts']):
+        assert all(map(torch.equal, one, other))
+
+
+def test_processes_that_share_nothing_see_everything(tmp_path):
+    a, b = torchrun('alone', 2, tmp_path)
+    learn = ranks.learner(1)
+    attack = ranks.exposed(learn)
+    ranks.fit(learn, 1)
+    for o in a, b:
+        assert all(map(torch.equal, o['seen'], attack.seen))
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_killed_and_resumed_on_several_ranks(tmp_path, world):
+    want = torchrun('whole_run', world, tmp_path)
+    torchrun('half_run', world, tmp_path)
+    for o, w in zip(torchrun('other_half', world, tmp_path), want):
+        assert o['first'] == 2
+        assert torch.equal(o['weights'], w['weights'])
+
+
+def test_sync_bn_on_a_cpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='SyncBatchNorm works on GPUs only'):
+        with ranks.learner().ranks_ctx(sync_bn=True, cpu=True):
+            pass
+
+
+def test_one_process_is_left_alone(monkeypatch):
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    learn = ranks.learner()
+    with learn.ranks_ctx() as same:
+        assert same is learn and 'any_trainer' not in str(learn.cbs)
+
+
+def test_a_death_ends_the_others(tmp_path):
+    start = time.time()
+    done = torchrun('death', 2, tmp_path, check=False)
+    assert done.returncode and time.time() - start < 60
+    assert 'SIGKILL' in done.stderr or 'Signal 9' in done.stderr
+
+
+def by_hand(task, folder):
+    "Two processes that nobody watches"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env = environment() | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    cmd = [sys.executable, '-W', 'ignore', HERE / 'ranks.py', task, folder]
+    return [
+        subprocess.Popen(cmd, stderr=subprocess.PIPE, text=True, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)))
+        for r in range(2)
+    ]
+
+
+@pytest.mark.parametrize('task', ['death', 'silence'])
+def test_a_death_or_a_silence_is_heard_where_nobody_watches(tmp_path, task):
+    start = time.time()
+    first, second = by_hand(task, tmp_path)
+    try:
+        _, said = first.communicate(timeout=60)
+    finally:
+        for p in first, second:
+            p.send_signal(signal.SIGKILL)
+            p.wait()
+    assert first.returncode and time.time() - start < 60
+    assert 'process 0 of 2 stops: another process died, or did not answer' in said
