@@ -491,7 +491,7 @@ def _go_there(self:OutlierExposure):
     dl = self.dls.train
     if isinstance(dl, TfmdDL):
         dl.before_iter()
-        dl.n_inp # fastai's look at an image
+        getattr(dl, 'n_inp', None) # fastai's look at an image
     _set_random(self.random_then[self.stream.rank], dl)
 
 # %% ../nbs/05_exposure.ipynb #05e00009
@@ -571,10 +571,14 @@ def _reasons(self:OutlierExposure, start):
     "Why a run that goes on with epoch `start` cannot be the one that was interrupted"
     if self.unlike: yield self.unlike
     elif not self.epochs_done: yield 'nothing was loaded that says where the outliers were'
-    elif self.epochs_done != start: yield f'what was loaded is the state after epoch {self.epochs_done}, and not after {start}'
+    elif self.epochs_done != start:
+        yield f'what was loaded is the state after epoch {self.epochs_done}, and not after {start}'
     elif len(self.random_then) != self.stream.world:
         yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
+    if self.stream.world > 2 and not getattr(self.model, 'find_unused_parameters', True):
+        yield ('three or more processes add gradients in an order that changes after the first step, unless '
+               'DistributedDataParallelKwargs(find_unused_parameters=True) is among kwargs_handlers')
     scaler = getattr(self.learn, 'scaler', None)
     if scaler is not None and scaler.is_enabled(): yield 'the scale of float16 gradients starts over'
     on_gpu = next(self.model.parameters()).is_cuda
@@ -593,7 +597,8 @@ def resume(self:Learner,
 )->int: # epochs done, for `fit(start_epoch=)`; 0 if there is no checkpoint
     "Load the last checkpoint of `SaveModelCallback`, if there is one"
     folder = self.path/self.model_dir
-    done = [int(f.stem.rpartition('_')[2]) for f in folder.glob(f'{fname}_*.pth') if f.stem.rpartition('_')[2].isdigit()]
+    numbers = [f.stem.rpartition('_')[2] for f in folder.glob(f'{fname}_*.pth')]
+    done = [int(o) for o in numbers if o.isdigit()]
     if not done: return 0
     self.load(f'{fname}_{max(done)}', with_opt=True)
     return max(done)+1

@@ -1,30 +1,27 @@
-"""What tests/test_distributed.py runs in several processes: torchrun ranks.py TASK FOLDER. It is no test by itself."""
+"""What tests/test_distributed.py runs in several processes: torchrun ranks.py FOLDER TASK... It is no test."""
 
 import os
-import random
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import TensorImage, rank_distrib, set_seed
-from fastai.vision.all import Callback, CrossEntropyLossFlat, RandomErasing, Transform, imagenet_stats
+from fastai.vision.all import Callback, CrossEntropyLossFlat, Transform, imagenet_stats
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
-import aoe_nb.distributed  # noqa: F401 (what Learner gains)
+import aoe_nb.exposure  # noqa: F401 (what Learner gains)
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.batchnorm import bn_aux, bn_inliers, bn_separate
-from aoe_nb.exposure import OutlierExposure
-from aoe_nb.loaders import Pixels
+from aoe_nb.loaders import Pixels, RandomCropFlip
 
 torch.set_num_threads(1)
 N, GLOBAL = 48, 12  # inliers, and how many of them make a step of all processes together
@@ -37,7 +34,9 @@ LABELS = torch.arange(N) % 3
 def net(bn=False):
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8) if bn else nn.GroupNorm(2, 8)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
+    )
 
 
 def in_order(world):
@@ -176,8 +175,13 @@ class GlooSync(nn.SyncBatchNorm):
         return (x - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt()
 
 
+def together():
+    if not distributed.is_initialized():
+        distributed.init_process_group('gloo')
+
+
 def sync_bn(folder, world):
-    distributed.init_process_group('gloo')
+    together()
     rank = distributed.get_rank()
     torch.manual_seed(rank)
     x = torch.randn(16, 3, 4, 4) + 2 * rank
@@ -199,7 +203,7 @@ def sync_bn(folder, world):
 
 
 def bn_local(folder, world):
-    "With BatchNorm every process normalises with its own; buffers, and `aux`, are the first one's when an attack begins"
+    "Running averages, and those of `aux`, in each process when an attack begins"
     learn = learner(world, model=net(bn=True))
     starts = []
     layer = learn.model[1]
@@ -219,9 +223,10 @@ def kept(folder, world, epochs, start):
     save = SaveModelCallback(every_epoch=True, with_opt=True, fname='m')
     model = net(bn=True)
     model.insert(3, nn.Dropout(0.3))
-    learn = learner(world, model=model, opt_func=Adam, folder=folder, cbs=[save], tfms=[RandomErasing(p=0.5)])
+    learn = learner(world, model=model, opt_func=Adam, folder=folder, cbs=[save], tfms=[RandomCropFlip(1)])
     exposed(learn, attack=PGD(8 / 255, 2), bn='aux')
-    with learn.ranks_ctx():
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if world > 2 else []
+    with learn.ranks_ctx(kwargs_handlers=handlers):
         first = learn.resume('m') if start else 0
         return dict(weights=fit(learn, epochs, first), first=first)
 
@@ -239,7 +244,8 @@ def other_half(folder, world):
 
 
 def alone(folder, world):
-    "Processes that train a model each, with nothing in common: each sees all outliers"
+    "Processes that train a model each, though they could talk: each sees all outliers"
+    together()
     learn = learner(1)
     attack = exposed(learn)
     fit(learn, 1)
@@ -268,6 +274,6 @@ def silence(folder, world):
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
-    task, folder = sys.argv[1], Path(sys.argv[2])
-    res = globals()[task](folder, int(os.environ['WORLD_SIZE']))
-    torch.save(res, folder / f'{task}-{rank_distrib()}.pt')
+    for task in sys.argv[2:]:  # one start for several: it takes longer than they do
+        res = globals()[task](Path(sys.argv[1]), int(os.environ['WORLD_SIZE']))
+        torch.save(res, Path(sys.argv[1]) / f'{task}-{rank_distrib()}.pt')

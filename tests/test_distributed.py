@@ -23,14 +23,44 @@ def environment():
     return os.environ | dict(PYTHONPATH=here, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
 
 
-def torchrun(task, world, folder, check=True):
-    "Run `task` of ranks.py in `world` processes; what each of them kept"
-    run = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world)]
-    done = subprocess.run([*run, HERE / 'ranks.py', task, folder], capture_output=True, text=True, env=environment())
-    if not check:
-        return done
+def launch(world, folder, *tasks):
+    "`tasks` of ranks.py in `world` processes"
+    run = [
+        sys.executable,
+        '-W',
+        'ignore',
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        str(world),
+    ]
+    cmd = [*run, HERE / 'ranks.py', folder, *tasks]
+    return subprocess.run(cmd, capture_output=True, text=True, env=environment())
+
+
+def torchrun(world, folder, *tasks):
+    "What each process kept of each task: {task: one a rank}"
+    done = launch(world, folder, *tasks)
     assert not done.returncode, done.stderr[-3000:]
-    return [torch.load(folder / f'{task}-{rank}.pt', weights_only=False) for rank in range(world)]
+
+    def kept(task, rank):
+        return torch.load(folder / f'{task}-{rank}.pt', weights_only=False)
+
+    return {task: [kept(task, rank) for rank in range(world)] for task in tasks}
+
+
+SHORT = 'share', 'silent_attack', 'pipeline', 'sync_bn', 'bn_local', 'alone'
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    return torchrun(2, tmp_path_factory.mktemp('two'), *SHORT)
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    return torchrun(3, tmp_path_factory.mktemp('three'), 'share')
 
 
 def rows(xs):
@@ -38,12 +68,12 @@ def rows(xs):
     return sorted(map(tuple, torch.cat(xs).flatten(1).tolist()))
 
 
-@pytest.mark.parametrize('world', [2, 3])
-def test_together_they_train_what_one_process_trains(tmp_path, world):
-    learn = ranks.learner(1, ranks.in_order(world))
+@pytest.mark.parametrize('processes', ['two', 'three'])
+def test_together_they_train_what_one_process_trains(processes, request):
+    res = request.getfixturevalue(processes)['share']
+    learn = ranks.learner(1, ranks.in_order(len(res)))
     attack = ranks.exposed(learn)
     weights = ranks.fit(learn)
-    res = torchrun('share', world, tmp_path)
     for step, one in enumerate(attack.seen):  # step by step, so epoch by epoch too
         assert rows([one]) == rows([o['seen'][step] for o in res])
     for o in res:
@@ -53,40 +83,40 @@ def test_together_they_train_what_one_process_trains(tmp_path, world):
     assert len(set(noise)) == len(noise)
 
 
-def test_a_full_pass_has_no_image_twice(tmp_path):
+def test_a_full_pass_has_no_image_twice(two):
     "The first 24 outliers of an epoch of 30: none is drawn by both"
-    a, b = torchrun('share', 2, tmp_path)
+    a, b = two['share']
     first = [rows(o['seen'][:2]) for o in (a, b)]
     assert not set(first[0]) & set(first[1])
     assert len(set(first[0] + first[1])) == 24
 
 
-def test_an_attack_talks_to_nobody(tmp_path):
-    for o in torchrun('silent_attack', 2, tmp_path):
+def test_an_attack_talks_to_nobody(two):
+    for o in two['silent_attack']:
         assert len(o['during']) == 8
         assert all(not any(d.values()) for d in o['during'])
         assert o['count']['averages'] >= 8 and o['count']['passes'] >= 8
 
 
-def test_the_pipeline_is_found_behind_the_wrapper(tmp_path):
-    for o in torchrun('pipeline', 2, tmp_path):
+def test_the_pipeline_is_found_behind_the_wrapper(two):
+    for o in two['pipeline']:
         assert o == dict(marked=True, found=True)
 
 
-def test_sync_bn_keeps_what_the_ways_promise(tmp_path):
-    for o in torchrun('sync_bn', 2, tmp_path):
+def test_sync_bn_keeps_what_the_ways_promise(two):
+    for o in two['sync_bn']:
         assert len(o) == 5 and max(o.values()) < 1e-3, o
 
 
-def test_buffers_are_the_first_ones_when_an_attack_begins(tmp_path):
-    a, b = torchrun('bn_local', 2, tmp_path)
+def test_buffers_are_the_first_ones_when_an_attack_begins(two):
+    a, b = two['bn_local']
     assert [len(o) for o in a['starts']] == [1] + [2] * 7
     for one, other in zip(a['starts'], b['starts']):
         assert all(map(torch.equal, one, other))
 
 
-def test_processes_that_share_nothing_see_everything(tmp_path):
-    a, b = torchrun('alone', 2, tmp_path)
+def test_processes_that_share_nothing_see_everything(two):
+    a, b = two['alone']
     learn = ranks.learner(1)
     attack = ranks.exposed(learn)
     ranks.fit(learn, 1)
@@ -96,9 +126,8 @@ def test_processes_that_share_nothing_see_everything(tmp_path):
 
 @pytest.mark.parametrize('world', [2, 3])
 def test_killed_and_resumed_on_several_ranks(tmp_path, world):
-    want = torchrun('whole_run', world, tmp_path)
-    torchrun('half_run', world, tmp_path)
-    for o, w in zip(torchrun('other_half', world, tmp_path), want):
+    want = torchrun(world, tmp_path, 'whole_run', 'half_run')['whole_run']
+    for o, w in zip(torchrun(world, tmp_path, 'other_half')['other_half'], want):
         assert o['first'] == 2
         assert torch.equal(o['weights'], w['weights'])
 
@@ -119,7 +148,7 @@ def test_one_process_is_left_alone(monkeypatch):
 
 def test_a_death_ends_the_others(tmp_path):
     start = time.time()
-    done = torchrun('death', 2, tmp_path, check=False)
+    done = launch(2, tmp_path, 'death')
     assert done.returncode and time.time() - start < 60
     assert 'SIGKILL' in done.stderr or 'Signal 9' in done.stderr
 
@@ -130,7 +159,7 @@ def by_hand(task, folder):
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
     env = environment() | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    cmd = [sys.executable, '-W', 'ignore', HERE / 'ranks.py', task, folder]
+    cmd = [sys.executable, '-W', 'ignore', HERE / 'ranks.py', folder, task]
     return [
         subprocess.Popen(cmd, stderr=subprocess.PIPE, text=True, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)))
         for r in range(2)
