@@ -461,3 +461,26 @@ def test_an_export_opens_without_the_library(photos, tmp_path):
         fails(lambda: fit(again, 1), contains='give them again')
         fit(again.expose(torch.rand(20, 3, 16, 16)), 1)
         eq(again.recorder.metric_names[3:], ['accuracy', 'out_loss', 'energy_gap', 'time'])
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize('last', [nn.LogSoftmax(1), nn.Softmax(1)])
+def test_energies_past_a_softmax_are_refused_in_evaluation_too(last):
+    learn = learner(net(3, last), loss=nn.NLLLoss())
+    for attack in None, ATTACK:
+        fails(lambda: learn.ood_scores(X, attack=attack), contains=f'ends in a {type(last).__name__}')
+    fails(lambda: learn.ood_report(dict(china=CHINA), inliers=X), contains=f'ends in a {type(last).__name__}')
+    fails(lambda: learn.attacked_images(X, ATTACK), contains=f'ends in a {type(last).__name__}')
+    assert learn.ood_scores(X, 'msp').isfinite().all()
+    assert learn.ood_scores(X, lambda p: -p.max(1).values, attack=ATTACK).isfinite().all()
+
+
+def test_a_network_that_is_sure_of_nothing_is_no_softmax():
+    learn = learner(net())
+    with torch.no_grad():
+        for p in learn.model.parameters():
+            p.zero_()
+    close(learn.ood_scores(X), torch.full((48,), -np.log(3.0)), 1e-5)
+    assert fit(learn.expose(CHINA, attack=None), 1).recorder.losses[-1].isfinite()
