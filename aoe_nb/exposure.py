@@ -83,6 +83,7 @@ class OutlierExposure(Callback):
         self.score = get_score(score)
         self.seed = seed
         self.stream = OutlierStream(outliers, seed)
+        self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
         self.gen = None # of the attacks, made on the device of the first batch
         self.aux = {} # the outliers' own BatchNorm statistics
         self.checked = False # whether the learner's head was looked at
@@ -175,8 +176,20 @@ def _of_labels(self:OutlierExposure):
 def _check_shape(self:OutlierExposure, logits, n):
     "Refuse logits that are not those of `n` images"
     if logits.ndim == 2 and logits.shape[1] > 1 and len(logits) == n: return
+    remedy = ''
+    if logits.ndim < 2 or logits.shape[1:] == (1,): remedy = '. For yes or no, take two outputs and cross-entropy'
+    if logits.ndim == 4: remedy = ', one class for each pixel, where it is for classes of whole images'
     raise ValueError('outlier exposure needs a classification head, logits of shape (N, C) with C > 1; '
-                     f'this model gives {tuple(logits.shape)}')
+                     f'this model gives {tuple(logits.shape)}{remedy}')
+
+@patch
+def _check_place(self:OutlierExposure, out, n_classes):
+    "Refuse a tuple in which another tensor than the first has the width of the classes"
+    if not isinstance(out, (tuple,list)) or not n_classes: return
+    widths = [o.shape[1] if isinstance(o, Tensor) and o.ndim == 2 else None for o in out]
+    if None in widths[:1] or n_classes in (widths[0],widths[0]-1) or n_classes not in widths: return
+    raise ValueError(f'the first of what the model gives has {widths[0]} numbers an image for {n_classes} classes: '
+                     'let it give the logits first, or call them "logits" in a dict')
 
 @patch
 def _check_head(self:OutlierExposure, logits, y, loss):
@@ -195,11 +208,14 @@ def _check_head(self:OutlierExposure, logits, y, loss):
         raise ValueError(f'{name} takes probabilities, the energy takes logits: leave the sigmoid out of the model '
                          'and train with BCEWithLogitsLoss')
     kind = past_softmax(logits)
-    energies = energy,joint_energy
-    by_energy = self.loss_out in (energy_margin,_no_label) or self.attack is not None and self.score in energies
-    if kind == 'Softmax' or kind and by_energy:
+    attacked = self.attack is not None and self.score in (energy,joint_energy)
+    if kind == 'Softmax' or kind and (attacked or self.loss_out in (energy_margin,_no_label)):
         raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
                          'leave that layer out and train with cross-entropy, which has it inside')
+    if kind:
+        warnings.warn('the model ends in a LogSoftmax: outlier exposure works, but energies, and with them the column '
+                      "energy_gap, stay at zero. Score with 'msp', or leave that layer out and train with cross-entropy",
+                      stacklevel=2)
 
 @patch
 def _check_learner(self:OutlierExposure, learn):
@@ -214,6 +230,7 @@ def _check_learner(self:OutlierExposure, learn):
         with no_random(): out = _answers(learn.model, xb[0])
     except Exception: return # and so does a model
     logits = get_logits(out)
+    self._check_place(out, getattr(learn.dls, 'c', None))
     self._check_shape(logits, len(xb[0]))
     self._check_head(logits.cpu(), yb[0].cpu(), learn.loss_func)
 

@@ -279,7 +279,12 @@ def swings(pct):
     return 0.03 * (1 - math.cos(4 * math.pi * pct))
 
 
-WAYS = dict(up=SchedLin(0.0, 0.06), down=SchedLin(0.06, 0.0), swings=swings, warm=combine_scheds([0.3, 0.7], [SchedLin(0.0, 0.06), SchedCos(0.06, 0.01)]))  # fmt: skip
+WAYS = dict(
+    up=SchedLin(0.0, 0.06),
+    down=SchedLin(0.06, 0.0),
+    swings=swings,
+    warm=combine_scheds([0.3, 0.7], [SchedLin(0.0, 0.06), SchedCos(0.06, 0.01)]),
+)
 OPTIMIZERS = dict(sgd=SGD, adam=Adam, wrapped=WRAPPED, adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 

@@ -142,9 +142,13 @@ PAST_SOFTMAX = {
     'layer': (lambda: net(3, nn.LogSoftmax(1)), nn.NLLLoss(), 'LogSoftmax'),
     'function': (lambda: head(lambda z: z.log_softmax(1)), F.nll_loss, 'LogSoftmax'),
     'in a tuple': (lambda: head(lambda z: (z.log_softmax(1), z)), lambda p, y: F.nll_loss(p[0], y), 'LogSoftmax'),
-    'in half': (lambda: head(lambda z: z.log_softmax(1).bfloat16()), lambda p, y: F.nll_loss(p.float(), y), 'LogSoftmax'),
+    'in half': (
+        lambda: head(lambda z: z.log_softmax(1).bfloat16()),
+        lambda p, y: F.nll_loss(p.float(), y),
+        'LogSoftmax',
+    ),
     'probabilities': (lambda: net(3, nn.Softmax(1)), lambda p, y: F.nll_loss(p.log(), y), 'Softmax'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('kind', PAST_SOFTMAX)
@@ -159,11 +163,15 @@ def test_outputs_past_a_softmax(kind):
 
 
 def test_log_probabilities_have_an_outlier_exposure_without_energies():
-    logp = fit(learner(net(3, nn.LogSoftmax(1)), loss=nn.NLLLoss()).expose(CHINA), 2, 0.05)
+    with pytest.warns(UserWarning, match='ends in a LogSoftmax'):
+        logp = learner(net(3, nn.LogSoftmax(1)), loss=nn.NLLLoss()).expose(CHINA)
+    fit(logp, 2, 0.05)
     logits = fit(learner().expose(CHINA), 2, 0.05)
     for p, q in zip(logp.model.parameters(), logits.model.parameters()):
         close(p, q, 1e-5)
-    under = learner(net(3, nn.LogSoftmax(1)), loss=nn.NLLLoss()).expose(CHINA, attack=ATTACK, score='msp')
+    under = learner(net(3, nn.LogSoftmax(1)), loss=nn.NLLLoss())
+    with pytest.warns(UserWarning, match='ends in a LogSoftmax'):
+        under.expose(CHINA, attack=ATTACK, score='msp')
     assert fit(under, 1).recorder.losses[-1].isfinite()
 
 
@@ -215,23 +223,27 @@ def text_learner():
 
 
 def tabular_learner():
-    from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+    from fastai.tabular import all as tabular
 
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(a=rng.integers(0, 3, 60).astype(str), b=rng.random(60), y=rng.integers(0, 2, 60).astype(str)))
+    a, y = (rng.integers(0, 3, 60).astype(str) for _ in range(2))
+    df = pd.DataFrame(dict(a=a, b=rng.random(60), y=y))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         pd.set_option('mode.chained_assignment', None)
-        dls = TabularDataLoaders.from_df(df, y_names='y', cat_names=['a'], cont_names=['b'], bs=16,
-            procs=[Categorify, FillMissing, Normalize], y_block=CategoryBlock(), num_workers=0)  # fmt: skip
-    return tabular_learner(dls, layers=[8])
+        kw = dict(procs=[tabular.Categorify, tabular.Normalize], y_block=tabular.CategoryBlock(), num_workers=0)
+        dls = tabular.TabularDataLoaders.from_df(df, y_names='y', cat_names=['a'], cont_names=['b'], bs=16, **kw)
+    return tabular.tabular_learner(dls, layers=[8])
 
 
 def vector_learner():
     return Learner(loaders(Y, torch.rand(48, 5)), nn.Linear(5, 3), loss_func=CrossEntropyLossFlat())
 
 
-@pytest.mark.parametrize('make,why', [(text_learner, 'words'), (tabular_learner, 'one input'), (vector_learner, 'tables')])
+NO_IMAGES = [(text_learner, 'words'), (tabular_learner, 'one input'), (vector_learner, 'tables')]
+
+
+@pytest.mark.parametrize('make,why', NO_IMAGES)
 def test_learners_without_images(make, why):
     learn = make()
     fails(lambda: learn.expose(CHINA, attack=ATTACK), contains=why)
@@ -461,6 +473,24 @@ def test_an_export_opens_without_the_library(photos, tmp_path):
         fails(lambda: fit(again, 1), contains='give them again')
         fit(again.expose(torch.rand(20, 3, 16, 16)), 1)
         eq(again.recorder.metric_names[3:], ['accuracy', 'out_loss', 'energy_gap', 'time'])
+
+
+def test_logits_that_are_not_the_first_of_a_tuple():
+    class Dls(DataLoaders):
+        c = 3
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*net()[:-1])
+            self.head = nn.Linear(64, 3)
+
+        def forward(self, x):
+            features = self.body(x)
+            return features, self.head(features)
+
+    learn = Learner(Dls(*loaders(Y).loaders), Both(), loss_func=lambda p, y: F.cross_entropy(p[1], y))
+    fails(lambda: learn.expose(CHINA, attack=ATTACK), contains='let it give the logits first')
 
 
 # Evaluation
