@@ -108,7 +108,7 @@ ROOMS = """
 energy attack metrics batchnorm plots record device conformal drift
 sources methods models cache
 images
-loaders
+loaders drawn
 data
 stream
 evaluation
@@ -117,7 +117,7 @@ generate graph
 sheet
 demo
 all
-study study.protocol
+study study.protocol study.defects
 study.train
 study.measure
 study.search
