@@ -60,6 +60,9 @@ class OutlierExposure(Callback):
     order = 5 # after MixUp, before GradientAccumulation
     run_valid = False
     remove_on_fetch = True # predictions amid training leave its columns alone
+    checked = False # whether the learner's head was looked at
+    given = None # `lam` and the attack, while schedules change them
+    pending = None # what BatchNorm shall do in the training pass
     def __init__(self, # noqa: PLR0913
         outliers, # `Images`, tensor (uint8 or in [0,1]), path, name, `DataLoader`, or callable: n -> n images
         lam:float=.5, # weight of the outliers' loss; 0: nothing is drawn (but `bn='frozen'` still holds)
@@ -86,10 +89,7 @@ class OutlierExposure(Callback):
         self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
         self.gen = None # of the attacks, made on the device of the first batch
         self.aux = {} # the outliers' own BatchNorm statistics
-        self.checked = False # whether the learner's head was looked at
         self.schedules = {} # of `lam` and `eps`
-        self.given = None # both, as they were given
-        self.pending = None # what BatchNorm shall do in the training pass
         self.off = None # calls off a pending replacement of BatchNorm
         self.before_lr_find = None # the state to go back to
 
@@ -123,10 +123,14 @@ def unexpose(self:Learner):
 _several = 'bce','binary','multilabel' # in the names of losses for several labels an image
 _of_numbers = 'mse','l1','huber','gaussiannll','poissonnll' # and of those for regression
 
-def _loss_name(f):
-    "What a loss is called, behind fastai's and MixUp's wrappers"
+def _inner(f):
+    "The loss behind a `partial`, or behind fastai's and MixUp's wrappers"
     f = getattr(getattr(f, '__self__', None), 'old_lf', f)
-    f = getattr(f, 'func', f)
+    return getattr(f, 'func', f)
+
+def _loss_name(f):
+    "What a loss is called"
+    f = _inner(f)
     return getattr(f, '__name__', type(f).__name__)
 
 def _task(
@@ -162,15 +166,9 @@ def _answers(model, x):
 
 # %% ../nbs/05_exposure.ipynb #05000004
 @patch
-def _of_classes(self:OutlierExposure):
-    "Whether the loss, or the score that an attack lowers, reads logits as those of one class an image"
-    by_score = self.attack is not None and self.score in (energy,msp,entropy)
-    return self.loss_out in (_uniform,energy_margin) or by_score
-
-@patch
-def _of_labels(self:OutlierExposure):
-    "Whether the loss, or the score that an attack lowers, reads logits as those of several labels an image"
-    return self.loss_out is _no_label or self.attack is not None and self.score is joint_energy
+def _reads(self:OutlierExposure, *names):
+    "Whether the loss, or the score that an attack lowers, is one of those"
+    return _inner(self.loss_out) in names or self.attack is not None and self.score in names
 
 @patch
 def _check_shape(self:OutlierExposure, logits, n):
@@ -195,27 +193,27 @@ def _check_place(self:OutlierExposure, out, n_classes):
 def _check_head(self:OutlierExposure, logits, y, loss):
     "Refuse a head whose numbers are no logits, or whose labels are none that the loss and the score are for"
     self.checked = True
-    if not self._of_classes() and not self._of_labels(): return
-    task = _task(y.as_subclass(Tensor), logits, loss)
+    of_classes = self._reads(_uniform, energy_margin, energy, msp, entropy)
+    if not of_classes and not self._reads(_no_label, joint_energy): return
+    task = _task(y.as_subclass(Tensor).to(logits.device), logits, loss) if isinstance(y, Tensor) else 'classes'
     name = _loss_name(loss)
     if task == 'numbers':
         raise ValueError(f'these labels are numbers, not classes ({name}): outlier exposure needs a classification '
                          'head. Sort the numbers into classes, or give a loss and a score of your own')
-    if task == 'labels' and self._of_classes():
+    if task == 'labels' and of_classes:
         raise ValueError(f'an image may have several labels here ({name}), but the softmax loss and the energy are for '
                          "one class an image: learn.expose(..., loss='no_label', score='joint_energy')")
     if name.lower().replace('_', '') in ('bceloss','binarycrossentropy') and task == 'labels':
         raise ValueError(f'{name} takes probabilities, the energy takes logits: leave the sigmoid out of the model '
                          'and train with BCEWithLogitsLoss')
     kind = past_softmax(logits)
-    attacked = self.attack is not None and self.score in (energy,joint_energy)
-    if kind == 'Softmax' or kind and (attacked or self.loss_out in (energy_margin,_no_label)):
+    if kind == 'Softmax' or kind and self._reads(energy, joint_energy, energy_margin, _no_label):
         raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
                          'leave that layer out and train with cross-entropy, which has it inside')
     if kind:
-        warnings.warn('the model ends in a LogSoftmax: outlier exposure works, but energies, and with them the column '
-                      "energy_gap, stay at zero. Score with 'msp', or leave that layer out and train with cross-entropy",
-                      stacklevel=2)
+        warnings.warn('the model ends in a LogSoftmax: outlier exposure works, but energies stay at zero, and the '
+                      "column energy_gap with them. Score with 'msp', or leave that layer out and train with "
+                      'cross-entropy', stacklevel=2)
 
 @patch
 def _check_learner(self:OutlierExposure, learn):
@@ -232,7 +230,7 @@ def _check_learner(self:OutlierExposure, learn):
     logits = get_logits(out)
     self._check_place(out, getattr(learn.dls, 'c', None))
     self._check_shape(logits, len(xb[0]))
-    self._check_head(logits.cpu(), yb[0].cpu(), learn.loss_func)
+    self._check_head(logits, yb[0], learn.loss_func)
 
 @patch
 def _check_batch(self:OutlierExposure, xb, yb):
@@ -399,7 +397,7 @@ def after_pred(self:OutlierExposure):
     logits = get_logits(self.pred)
     total = len(self.xb[0])
     self._check_shape(logits, total)
-    if not self.checked: self._check_head(logits[:self.n], self.y, self.learn.loss_func)
+    if not self.checked: self._check_head(logits[:self.n], self.yb[0], self.learn.loss_func)
     def inliers(t): return t[:self.n] if t.ndim and len(t) == total else t
     self.learn.pred = each_tensor(self.pred, inliers)
     if len(get_logits(self.pred)) != self.n:
@@ -622,7 +620,7 @@ def __setstate__(self:OutlierExposure, d):
     if 'kept' in d:
         kept = torch.load(io.BytesIO(d['kept']), map_location='cpu', weights_only=False)
         d = kept | dict(learn=d['learn'])
-    self.__dict__.update({k: None for k in _not_exported}, checked=False)
+    self.__dict__.update({k: None for k in _not_exported})
     self.__dict__.update({k: {} for k in _empty_in_exports})
     self.__dict__.update(d)
 

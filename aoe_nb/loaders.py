@@ -257,6 +257,13 @@ def new_empty(self:Images):
     return res
 
 # %% ../nbs/14_loaders.ipynb #58e5047f
+def _why_outside(pixels):
+    "What may have taken images out of their range, and what to do"
+    names = ', '.join(type(o).__name__ for o in pixels.after)
+    if names: return f'{names} may have done it after Normalize: give it an `order` below 99, before Normalize'
+    return ("no fastai Normalize in the pipeline accounts for it: normalise with fastai's Normalize in batch_tfms, "
+            'or inside the model')
+
 class Pixels:
     "From [0,1] images to a model's inputs and back, by the `Normalize` of a `DataLoader`, if it has one"
     def __init__(self, dl):
@@ -294,15 +301,8 @@ class Pixels:
         x = self.unscaled(x)
         lo,hi = x.aminmax() if x.numel() else (0,1)
         if lo < -1e-3 or hi > 1+1e-3:
-            raise ValueError(f'the images span [{lo:.2f}, {hi:.2f}], not [0, 1], and {self._why()}')
+            raise ValueError(f'the images span [{lo:.2f}, {hi:.2f}], not [0, 1], and {_why_outside(self)}')
         return x.clamp(0, 1)
-
-    def _why(self):
-        "What may have taken images out of their range, and what to do"
-        names = ', '.join(type(o).__name__ for o in self.after)
-        if names: return f'{names} may have done it after Normalize: give it an `order` below 99, before Normalize'
-        return ("no fastai Normalize in the pipeline accounts for it: normalise with fastai's Normalize in batch_tfms, "
-                'or inside the model')
 
 # %% ../nbs/14_loaders.ipynb #14a00037
 _columns = 'image','img','pixel_values','images','x'

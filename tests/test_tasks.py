@@ -2,6 +2,7 @@
 
 import copy, subprocess, sys, warnings
 from contextlib import contextmanager
+from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,7 +31,7 @@ from fastcore.test import test_close as close, test_eq as eq, test_fail as fails
 from PIL import Image
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.data import outliers
-from aoe_nb.energy import energy, joint_energy, uniform_ce
+from aoe_nb.energy import energy, energy_margin, joint_energy, uniform_ce
 from aoe_nb.exposure import OutlierExposure
 from aoe_nb.models import past_softmax, small_cnn
 
@@ -117,7 +118,8 @@ def test_what_has_no_classes_is_refused_at_once(why, y, loss):
     modes = [m.training for m in learn.model.modules()]
     rng = torch.get_rng_state()
     fails(lambda: learn.expose(CHINA, attack=ATTACK), contains=why)
-    fails(lambda: learn.expose(CHINA, loss='margin'), contains=why)
+    for loss_out in 'margin', partial(energy_margin, m_in=-8):
+        fails(lambda: learn.expose(CHINA, loss=loss_out), contains=why)
     eq(rng, torch.get_rng_state())
     for k, v in learn.model.state_dict().items():
         eq(v, before[k])
@@ -155,7 +157,8 @@ PAST_SOFTMAX = {
 def test_outputs_past_a_softmax(kind):
     make, loss, name = PAST_SOFTMAX[kind]
     fails(lambda: learner(make(), loss=loss).expose(CHINA, attack=ATTACK), contains=f'ends in a {name}')
-    fails(lambda: learner(make(), loss=loss).expose(CHINA, loss='margin'), contains=f'ends in a {name}')
+    for kw in dict(loss='margin'), dict(loss=partial(energy_margin, m_in=-8)):
+        fails(lambda: learner(make(), loss=loss).expose(CHINA, **kw), contains=f'ends in a {name}')
     learn = learner(make(), loss=loss)
     fails(lambda: fit(learn, 1, cbs=OutlierExposure(CHINA, attack=ATTACK)), contains=f'ends in a {name}')
     if name == 'Softmax':
@@ -503,6 +506,7 @@ def test_energies_past_a_softmax_are_refused_in_evaluation_too(last):
         fails(lambda: learn.ood_scores(X, attack=attack), contains=f'ends in a {type(last).__name__}')
     fails(lambda: learn.ood_report(dict(china=CHINA), inliers=X), contains=f'ends in a {type(last).__name__}')
     fails(lambda: learn.attacked_images(X, ATTACK), contains=f'ends in a {type(last).__name__}')
+    assert learn.ood_scores(X, partial(energy, T=2.0)).std() > 0  # with another temperature it varies
     assert learn.ood_scores(X, 'msp').isfinite().all()
     assert learn.ood_scores(X, lambda p: -p.max(1).values, attack=ATTACK).isfinite().all()
 
