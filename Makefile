@@ -5,9 +5,9 @@ PLAIN = tests tools benchmarks setup.py
 export MPLBACKEND = agg
 
 # Work on small images is done before a second thread has woken up; on a busy machine two threads wait for each other.
-demo test: export OMP_NUM_THREADS = 1
+demo test test-slow: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test
+.PHONY: demo test test-slow
 demo: .venv/ready
 	$(BIN)aoe_demo
 
@@ -21,6 +21,10 @@ test: .venv/ready
 	wait $$tests; tests=$$?; \
 	cat $$log; rm -f $$log; \
 	test $$notebooks -eq 0 -a $$tests -eq 0
+
+# What `make test` leaves out: tests that start many processes.
+test-slow: .venv/ready
+	$(BIN)pytest -q --slow -m slow --durations=10 tests
 
 .venv/ready: settings.ini setup.py
 	$(PYTHON) -m venv .venv

@@ -227,11 +227,12 @@ class Checkpoint(Callback):
 # %% ../nbs/11_generate.ipynb #11b00009
 def _shapes(state): return {k: v.shape for k,v in state.items()}
 
+_kept_by_optimizers = [L, np.dtype, np.dtypes.Float64DType, np.float64(0).__reduce__()[0]] # beside tensors
+
 def _read_checkpoint(f, learn, about):
-    "What the checkpoint `f` holds, if `learn` can go on from it"
-    numbers = [np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]
+    "What the checkpoint `f` holds, if `learn` can go on from it; no code that somebody put there is run"
     try:
-        with torch.serialization.safe_globals([L, *numbers]):
+        with torch.serialization.safe_globals(_kept_by_optimizers):
             state = torch.load(f, map_location=learn.dls.device, weights_only=True)
     except Exception as e:
         raise ValueError(f'cannot read the checkpoint {f} ({type(e).__name__}): remove it to start over') from None
@@ -257,6 +258,7 @@ def resume(self:Checkpoint):
     exposure = getattr(self.learn, 'outlier_exposure', None)
     if exposure: exposure.found(state.get('exposure'))
     self.log = state['log']
+    getattr(self.dls, 'n_inp', 1) # asked for the first time this draws random numbers, which must not be the training's
     return len(self.log)
 
 # %% ../nbs/11_generate.ipynb #11b00012

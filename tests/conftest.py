@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1'
 os.environ.setdefault('MPLBACKEND', 'agg')
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
@@ -25,3 +26,17 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f'{name}{times}: {why}')
     if not skipped:
         terminalreporter.line('nothing')
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='run the slow half too')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: starts many processes, or waits for some; `make test-slow` runs it')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if 'slow' in item.keywords and not config.getoption('--slow'):
+            item.add_marker(pytest.mark.skip(reason='slow: make test-slow'))

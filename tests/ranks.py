@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
@@ -63,7 +64,7 @@ class Pair(list):
     split_idx = 0
 
 
-def learner(world=1, order=None, tfms=(), folder='.', cbs=(), **kw):
+def learner(world=1, order=None, tfms=(), folder=None, cbs=(), **kw):
     order = torch.arange(N) if order is None else order
     ds = Pair((TensorImage(INLIERS[i]), LABELS[i]) for i in order)
     bs = GLOBAL // world
@@ -74,7 +75,7 @@ def learner(world=1, order=None, tfms=(), folder='.', cbs=(), **kw):
     model = kw.pop('model', None) or net()
     opt_func = kw.pop('opt_func', SGD)
     dls = DataLoaders(dl(), dl(), device='cpu')
-    return Learner(dls, model, CrossEntropyLossFlat(), opt_func, path=folder, cbs=list(cbs), wd=0.0)
+    return Learner(dls, model, CrossEntropyLossFlat(), opt_func, path=folder or mkdtemp(), cbs=list(cbs), wd=0.0)
 
 
 def fit(learn, n=2, start=0):

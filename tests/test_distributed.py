@@ -68,7 +68,10 @@ def rows(xs):
     return sorted(map(tuple, torch.cat(xs).flatten(1).tolist()))
 
 
-@pytest.mark.parametrize('processes', ['two', 'three'])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize('processes', ['two', pytest.param('three', marks=slow)])
 def test_together_they_train_what_one_process_trains(processes, request):
     res = request.getfixturevalue(processes)['share']
     learn = ranks.learner(1, ranks.in_order(len(res)))
@@ -124,7 +127,7 @@ def test_processes_that_share_nothing_see_everything(two):
         assert all(map(torch.equal, o['seen'], attack.seen))
 
 
-@pytest.mark.parametrize('world', [2, 3])
+@pytest.mark.parametrize('world', [2, pytest.param(3, marks=slow)])
 def test_killed_and_resumed_on_several_ranks(tmp_path, world):
     want = torchrun(world, tmp_path, 'whole_run', 'half_run')['whole_run']
     for o, w in zip(torchrun(world, tmp_path, 'other_half')['other_half'], want):
@@ -146,6 +149,7 @@ def test_one_process_is_left_alone(monkeypatch):
         assert same is learn and 'any_trainer' not in str(learn.cbs)
 
 
+@slow
 def test_a_death_ends_the_others(tmp_path):
     start = time.time()
     done = launch(2, tmp_path, 'death')
@@ -166,7 +170,7 @@ def by_hand(task, folder):
     ]
 
 
-@pytest.mark.parametrize('task', ['death', 'silence'])
+@pytest.mark.parametrize('task', ['death', pytest.param('silence', marks=slow)])
 def test_a_death_or_a_silence_is_heard_where_nobody_watches(tmp_path, task):
     start = time.time()
     first, second = by_hand(task, tmp_path)

@@ -1,6 +1,9 @@
 """A training that is killed goes on as if nothing had happened, or says why it cannot."""
 
+import os
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from aoe_nb.exposure import OutlierExposure, _Door
 from aoe_nb.generate import Checkpoint
 from aoe_nb.loaders import RandomCropFlip
 
+ROOT = Path(__file__).resolve().parent.parent
 train = inliers('digits7')
 few = Images(train.x[:48], train.y[:48], train.classes)
 china = outliers('china')
@@ -159,6 +163,18 @@ def test_the_attack_and_the_statistics_go_on(tmp_path):
     eq(first.outlier_exposure.stream.draw(3), second.outlier_exposure.stream.draw(3))
 
 
+def test_statistics_follow_layers_that_are_replaced(tmp_path):
+    "As fastai's `distrib_ctx` puts a SyncBatchNorm in place of each BatchNorm, in each fit anew"
+    learn = new(tmp_path, save=False)
+    fit(learn, n=1)
+    (was,) = learn.outlier_exposure.aux.items()
+    learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(learn.model)
+    learn.outlier_exposure._take_part()
+    (now,) = learn.outlier_exposure.aux.items()
+    assert now[0] is learn.model[1] is not was[0]
+    assert now[1] is was[1]
+
+
 def test_files_are_fastais(tmp_path):
     "A learner without outliers reads them, and one with outliers reads those without; no code runs"
     first = new(tmp_path, save=False)
@@ -296,3 +312,12 @@ def test_checkpoint_runs_no_code(tmp_path):
     new(tmp_path, save=False, cbs=[check])
     fails(check.resume, contains='cannot read the checkpoint')
     assert not (tmp_path / 'ran').exists()
+
+
+def test_a_handful_of_kills_at_any_instant():
+    "By SIGKILL, while a checkpoint is written or not; benchmarks/kills.py does it a hundred times"
+    code = 'import kills, random; print(kills.trials(4, 1, random.Random(7))["equal"])'
+    here = os.pathsep.join([str(ROOT / 'benchmarks'), str(ROOT), os.environ.get('PYTHONPATH', '')])
+    env = os.environ | dict(PYTHONPATH=here, OMP_NUM_THREADS='1')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env=env)
+    eq(done.stdout.strip(), '4')
