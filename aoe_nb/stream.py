@@ -232,9 +232,9 @@ def check_fit(self:OutlierStream, learn):
     shape = learner_shape(learn, train=True)
     if shape is None: return
     if x.shape[1] == 1: x = x.expand(-1, shape[0], -1, -1)
-    before = Pixels(learn.dls.train).before
-    if before:
-        with no_random(): x = Pipeline(before, split_idx=0)((TensorImage(x),))[0]
+    pixels = Pixels(learn.dls.train)
+    if pixels.before:
+        with no_random(): x = Pipeline(pixels.before, split_idx=pixels.split_idx)((TensorImage(x),))[0]
     if any(want not in (None,got) for want,got in zip(shape, x.shape[1:])):
         raise ValueError(f'outliers have shape {tuple(x.shape[1:])}, inliers {shape}: '
                          'bring the outliers to the channels and size of the inliers')
