@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from fastcore.all import patch
+from fastcore.all import L, patch
 from .attack import eval_mode
 from .data import Images, inliers
 from .device import DeviceMixedPrecision, keep_memory
@@ -222,9 +222,13 @@ class Checkpoint(Callback):
 # %% ../nbs/11_generate.ipynb #11b00009
 def _shapes(state): return {k: v.shape for k,v in state.items()}
 
+_kept_by_optimizers = [L, np.dtype, np.dtypes.Float64DType, np.float64(0).__reduce__()[0]] # beside tensors
+
 def _read_checkpoint(f, learn, about):
-    "What the checkpoint `f` holds, if `learn` can go on from it"
-    try: state = torch.load(f, map_location=learn.dls.device, weights_only=False)
+    "What the checkpoint `f` holds, if `learn` can go on from it; no code that somebody put there is run"
+    try:
+        with torch.serialization.safe_globals(_kept_by_optimizers):
+            state = torch.load(f, map_location=learn.dls.device, weights_only=True)
     except Exception as e:
         raise ValueError(f'cannot read the checkpoint {f} ({type(e).__name__}): remove it to start over') from None
     if about and state.get('about', about) != about:

@@ -144,7 +144,7 @@ def read_result(
 # %% ../nbs/16_record.ipynb #54e86a8b
 def _version(path):
     "What tells whether a file was written anew; None if it is not there"
-    with suppress(FileNotFoundError): return path.stat().st_mtime_ns
+    with suppress(FileNotFoundError, NotADirectoryError): return path.stat().st_mtime_ns
 
 def _result_of(config, work, path):
     "Do the `work` and note how its numbers came about"
