@@ -30,7 +30,7 @@ setup(
     # tables and the figure style, wherever a room keeps them
     package_data={'': ['*.mplstyle', '*.csv', '*.toml', '*.json']},
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ood', 'onnx')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ood', 'onnx', 'cluster')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']},
     classifiers=[
         'Development Status :: 3 - Alpha',

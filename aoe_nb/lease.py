@@ -35,7 +35,8 @@ def ended(
 ): # None if that cannot be known from here
     "Whether a process has ended"
     if who.get('machine') != _machine() or who.get('born') is None: return None
-    return _born(who['pid']) != who['born']
+    born = _born(who['pid'])
+    return not born or born != who['born']
 
 # %% ../nbs/15a_lease.ipynb #15a10009
 expires = 600 # seconds without a sign of life

@@ -140,7 +140,8 @@ assert left == [result_path(config, folder).name], left
 
 
 def test_a_full_disk_is_named_and_nothing_half_done_is_left(tmp_path):
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', FULL, str(tmp_path)], env=ENV, capture_output=True, text=True)
+    command = [sys.executable, '-W', 'ignore', '-c', FULL, str(tmp_path)]
+    r = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2000:]
 
 

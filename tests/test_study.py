@@ -192,8 +192,7 @@ def test_command_goes_from_search_to_grid(tmp_path, monkeypatch, capsys):
     assert 'the recipes for cifar10 are not all measured' in capsys.readouterr().out
     grid.run_missing('recipes', ['cifar10'], out=tmp_path)
     assert chosen(tmp_path)['cifar10']['taken'] == ('aoe_pgd_half', 8)
-    for half in (0, 2), (1, 2):
-        grid.run_missing('second', ['cifar10'], out=tmp_path, part=half)
+    grid.run_missing('second', ['cifar10'], out=tmp_path)
     assert len(list((tmp_path / 'second').glob('*.json'))) == 4 and len(cells('best', ['cifar10'], tmp_path)) == 6
     line = next(o for o in listing(['cifar10'], tmp_path).splitlines() if o.startswith('grid'))
     assert line.split() == ['grid', 'cifar10', '0', 'done', '50', 'missing']
@@ -392,14 +391,18 @@ def test_runs_are_resumed(tmp_path, monkeypatch):
     ran = []
 
     def noted(config, out, redo):
+        if len(ran) == 15 and not stopped:
+            stopped.append(config)
+            raise KeyboardInterrupt
         ran.append(config_hash(config))
         pretend_cell(config, out, redo)
 
+    stopped = []
     monkeypatch.setattr(grid, 'run_cell', noted)
     shutil.copy(RESULTS / 'chosen.json', tmp_path)
-    grid.run_missing('samples', ['cifar10'], out=tmp_path, part=(0, 2))
-    half = len(ran)
-    assert 0 < half < 40 and len(missing('samples', ['cifar10'], tmp_path)) == 40 - half
+    with pytest.raises(KeyboardInterrupt):
+        grid.run_missing('samples', ['cifar10'], out=tmp_path)
+    assert len(ran) == 15 and len(missing('samples', ['cifar10'], tmp_path)) == 25
     grid.run_missing('samples', ['cifar10'], out=tmp_path)
     assert len(ran) == len(set(ran)) == 40 and missing('samples', ['cifar10'], tmp_path) == []
 

@@ -25,7 +25,7 @@ SlurmdPort={ports[1]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -66,11 +66,11 @@ def free_ports(n):
 
 
 def wait_for(what, said, seconds=30):
-    "Until `what()` is true"
+    "Until `what()` is true, else an error with what is `said`, words or what gives them"
     end = time.time() + seconds
     while not what():
         if time.time() > end:
-            raise TimeoutError(said)
+            raise TimeoutError(said() if callable(said) else said)
         time.sleep(0.1)
 
 
@@ -95,6 +95,12 @@ def idle():
     "Whether the node has reported"
     said = subprocess.run(['sinfo', '-h', '-o', '%T'], capture_output=True, text=True)
     return said.stdout.strip() == 'idle'
+
+
+def jobs():
+    "State by job, of all that have not ended"
+    said = subprocess.run(['squeue', '-h', '-r', '--me', '-o', '%i %T'], capture_output=True, text=True, check=True)
+    return dict(line.split() for line in said.stdout.splitlines())
 
 
 @contextmanager
@@ -123,8 +129,11 @@ def one_slurm(cpus=2):
             except TimeoutError:
                 logs = '\n'.join((folder / f'{o}.log').read_text()[-1500:] for o in ('slurmctld', 'slurmd'))
                 raise TimeoutError(f'Slurm does not start:\n{logs}') from None
-            yield folder
-            subprocess.run(['scancel', '--me', '--signal=KILL', '--full'], capture_output=True)
+            try:
+                yield folder
+            finally:
+                subprocess.run(['scancel', '--me'], capture_output=True)
+                wait_for(lambda: not jobs(), 'jobs do not end')
         finally:
             stack.close()
             os.environ.pop('SLURM_CONF')
