@@ -133,7 +133,10 @@ def _numbers(text, name):
 
 def _cluster(cluster, device, **asked):
     "What to ask of a cluster, refused at once if it makes no sense; nothing without one"
-    if not cluster: return None
+    if not cluster:
+        lost = [name for name in ('gpus','partition','parallel') if asked[name]]
+        if not lost: return None
+        raise ValueError(f'{lost[0]} is for a cluster, add --cluster slurm; two plain commands share the work anyway')
     if device: raise ValueError('device is for this machine, on a cluster --gpus decides')
     _within('gpus', asked['gpus'], 0, 64)
     _within('hours', asked['hours'], .02, 24*365)

@@ -26,17 +26,14 @@ class Share:
         self.out = out
 
     def __call__(self):
-        failed = [c for c in self.configs if not self.tried(c)]
-        if failed: raise RuntimeError(f'{len(failed)} of {len(self.configs)} runs failed, see above')
-
-    def tried(self, config):
-        "Whether a run ended well, or is left to who is at it"
-        try: self.cell(config, self.out)
-        except Taken as e: print(e, flush=True)
-        except Exception:
-            traceback.print_exc()
-            return False
-        return True
+        failed = []
+        for config in self.configs:
+            try: self.cell(config, self.out)
+            except Taken as e: print(e, flush=True)
+            except Exception as e:
+                traceback.print_exc()
+                failed.append(e)
+        if failed: raise failed[0]
 
     def checkpoint(self):
         "What is left to do, for submitit"
@@ -109,29 +106,37 @@ def _write_notes(job, share, cluster):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(_note_file(path), json.dumps(about))
 
+def _executor(out, cluster, minutes, **asked):
+    "submitit's executor, which keeps its scripts and logs beside the results"
+    from submitit import AutoExecutor
+    executor = AutoExecutor(Path(out)/'jobs', cluster)
+    asked = {k: v for k,v in asked.items() if v}
+    executor.update_parameters(name='aoe', timeout_min=math.ceil(minutes), stderr_to_stdout=True, **asked)
+    return executor
+
 def submit(
     configs, # as `run` takes them
     cell, # config, folder of results -> anything; writes the result of one config
     out='results', # folder of results, seen by all machines
     cluster='slurm', # or 'local': processes of this machine; 'debug': this process
     gpus:int=0, # for each task
-    hours:float=2, # after which a task is stopped and put back into the queue, three times at most
+    hours:float=2, # for each config; then its task is put back into the queue, three times at most
     partition='', # of Slurm; default: its own choice
     parallel:int=0, # tasks at a time; default: what Slurm gives, one on this machine
 )->list: # submitit's jobs
     "Submit as one job array what is neither done nor on its way"
     check_cluster(cluster)
     check_writable(out)
-    from submitit import AutoExecutor
     now = states(configs, out).state
     todo = [c for c,state in zip(configs, now) if state in ('missing','failed')]
+    if not todo: return []
     n = len(todo) if cluster == 'slurm' else min(parallel or 1, len(todo))
     shares = [Share(cell, todo[k::n], Path(out).absolute()) for k in range(n)]
-    executor = AutoExecutor(Path(out)/'jobs', cluster)
+    minutes = 60*hours*len(shares[0].configs)
     asked = dict(gpus_per_node=gpus, slurm_partition=partition, slurm_array_parallelism=parallel)
-    asked = {k: v for k,v in asked.items() if v}
-    executor.update_parameters(name='aoe', timeout_min=math.ceil(60*hours), stderr_to_stdout=True, **asked)
-    jobs = executor.submit_array(shares) if shares else []
+    executor = _executor(out, cluster, minutes, **asked)
+    try: jobs = executor.submit_array(shares)
+    except RuntimeError as e: raise OSError(f'{cluster} took no job: {e}') from None
     for job,share in zip(jobs, shares): _write_notes(job, share, cluster)
     if cluster == 'debug': _ = [job.result() for job in jobs]
     return jobs

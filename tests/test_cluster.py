@@ -131,6 +131,8 @@ def test_a_grid_on_slurm(out, capsys):
         assert below[0] == ['running', runs[0], f'results/jobs/{job}_0_0_log.out'] and Path(below[0][2]).exists()
         assert [o[0] for o in below] == ['running'] * 2 + ['submitted'] * 4
 
+        with pytest.raises(SystemExit, match='slurm took no job: .*invalid partition'):
+            aoe_run(name='curve', cluster='slurm', partition='nowhere')
         aoe_run(name='best', cluster='slurm')  # all is on its way
         assert 'nothing to submit' in capsys.readouterr().out and len(jobs()) == 6
         paths = [result_path(c, out) for c in cells]
@@ -250,3 +252,14 @@ def test_the_newest_word_counts_on_the_list(out, capsys):
         line, below = listed('best', capsys)
     assert [o[:4] for o in below] == [['running', path.stem, 'process', str(os.getpid())]]
     assert listed('best', capsys)[1] == []
+
+
+@needs_slurm
+def test_the_tutorial_runs_on_slurm():
+    "`nbdev_test` runs it by itself, as processes of this machine"
+    command = [Path(sys.executable).parent / 'nbdev_test', '--path', ROOT / 'nbs/tutorials/a_cluster.ipynb']
+    with one_slurm(cpus=2):
+        r = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT))
+        )
+    assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]

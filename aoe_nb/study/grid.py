@@ -156,6 +156,7 @@ def run_missing_cell(
     out='results', # folder of results
 ):
     "Run one cell if it is still missing; this is what each task of a cluster does"
+    keep_memory()
     if not _there(config, done_in(out)): run_cell(config, out, redo=config['experiment'] == 'starts')
 
 def _run_free(configs, out):
@@ -194,7 +195,6 @@ def run_missing(
     cluster=None, # arguments of `submit` after the folder: hand the cells to a cluster
 ):
     "Run the missing cells of an experiment, and say what is left"
-    keep_memory()
     if name != 'starts': write_chosen(out)
     waiting = _say_first(name, ids, out, model)
     def mine(c): return not lacks(c) and (not seeds or c['seed'] in seeds)
