@@ -251,6 +251,7 @@ def resume(self:Checkpoint):
     self.model.load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
     self.log = state['log']
+    getattr(self.dls, 'n_inp', 1) # asked for the first time this draws random numbers, which must not be the training's
     return len(self.log)
 
 # %% ../nbs/11_generate.ipynb #11b00012

@@ -143,7 +143,7 @@ def test_a_grid_on_slurm(out, capsys):
         wait_for(lambda: holder(paths[1]) is None, 'it was not put back')
         for run in runs[:2]:
             (out / f'hold-{run}').unlink()
-        wait_for(lambda: not jobs(), lambda: f'{state()} {jobs()}', 60)
+        wait_for(lambda: not jobs(), lambda: f'{state()} {jobs()}')
         assert state() == ['failed', 'done', 'done', 'done', 'failed', 'failed']
         line, below = listed('best', capsys)
         assert '3 done' in line and [o[0] for o in below] == ['failed'] * 3
@@ -152,7 +152,7 @@ def test_a_grid_on_slurm(out, capsys):
         (out / f'break-{runs[4]}').unlink()
         aoe_run(name='best', cluster='slurm', parallel=2)
         assert '3 tasks of best submitted' in capsys.readouterr().out
-        wait_for(lambda: state() == ['done'] * 6, lambda: f'{state()} {jobs()}', 60)
+        wait_for(lambda: state() == ['done'] * 6, lambda: f'{state()} {jobs()}')
     assert_never_twice_at_once(out)
     begun = {run: [int(first) for what, r, _, first in diary(out) if what == 'begin' and r == run] for run in runs}
     assert [begun[run] for run in runs[2:]] == [[0]] * 4
@@ -168,7 +168,7 @@ def test_a_grid_as_processes_of_this_machine(out, capsys):
     wait_for((out / 'diary').exists, 'nothing begins')
     aoe_run(name='best')
     capsys.readouterr()
-    wait_for(lambda: list(states(cells, out).state) == ['done'] * 6, lambda: str(states(cells, out)), 60)
+    wait_for(lambda: list(states(cells, out).state) == ['done'] * 6, lambda: str(states(cells, out)))
     assert_never_twice_at_once(out)
 
 
@@ -263,3 +263,41 @@ def test_the_tutorial_runs_on_slurm():
             command, cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT))
         )
     assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
+
+
+START = """
+import sys, torch, numpy as np
+from aoe_nb.images import Images
+from aoe_nb.study import grid, train
+def small(id, split='train'):
+    pixels = np.random.default_rng(len(split)).integers(0, 255, (128, 3, 32, 32), dtype=np.uint8)
+    return Images(torch.from_numpy(pixels), torch.arange(128) % 10, [str(i) for i in range(10)], id)
+train.inliers = small
+train.view_of = lambda view, id: (small(id, 'test'), {})
+config = grid.start_config | dict(epochs=3, seed=7, bs=32)
+grid.run_missing_cell(config, 'results')
+"""
+
+
+def test_a_start_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
+    "And ends with the weights of one that was left alone"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    weights = {}
+    for name in 'alone', 'killed':
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [sys.executable, '-W', 'ignore', '-c', START]
+        if name == 'killed':
+            p = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wait_for(lambda: list((folder / 'results/starts').glob('*.pth')), 'no checkpoint')
+            p.kill()
+            p.wait()
+            assert not list((folder / 'results/starts').glob('*.json'))
+        r = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-2000:]
+        (file,) = (folder / 'weights').glob('*.pt')
+        weights[name] = file.read_bytes()
+        (result,) = (folder / 'results/starts').iterdir()
+        log = json.loads(result.read_text())['log']
+        assert [o['epoch'] for o in log] == [0, 1, 2]
+    assert weights['alone'] == weights['killed']

@@ -166,7 +166,7 @@ def test_command_lists(tmp_path):
     assert res.stdout.strip() == listing(IDS, RESULTS)
 
 
-def pretend_cell(config, out, redo):
+def pretend_cell(config, out, redo, wait):
     "A result as if `aux` were a little better and five steps on all outliers cost accuracy"
     acc = 0.9 - 0.1 * (config['method'] == 'aoe_pgd')
     auroc = 0.8 + 0.01 * (config['bn'] == 'aux')
@@ -390,12 +390,12 @@ def test_hashes_of_new_configs():
 def test_runs_are_resumed(tmp_path, monkeypatch):
     ran = []
 
-    def noted(config, out, redo):
+    def noted(config, out, redo, wait):
         if len(ran) == 15 and not stopped:
             stopped.append(config)
             raise KeyboardInterrupt
         ran.append(config_hash(config))
-        pretend_cell(config, out, redo)
+        pretend_cell(config, out, redo, wait)
 
     stopped = []
     monkeypatch.setattr(grid, 'run_cell', noted)

@@ -65,7 +65,7 @@ def free_ports(n):
         return [o.getsockname()[1] for o in found]
 
 
-def wait_for(what, said, seconds=30):
+def wait_for(what, said, seconds=120):
     "Until `what()` is true, else an error with what is `said`, words or what gives them"
     end = time.time() + seconds
     while not what():

@@ -120,11 +120,12 @@ def run_cell(
     config:dict, # from `cells`
     out='results', # folder of results; None: write nothing
     redo:bool=False, # run even if the result is there
+    wait:bool=True, # for a process that is at it, and read its result; else raise `Taken`
 )->dict: # the result, as in the JSON
     "Run one cell, or read its result if that is there"
     start = config['experiment'] == 'starts'
     work,check = (train_start,check_start) if start else (tune_and_measure,check_tune)
-    return run(config, work, out, redo, check, wait=False)
+    return run(config, work, out, redo, check, wait)
 
 # %% ../../nbs/study/04_grid.ipynb #35d7d8ad
 def lacks(
@@ -155,9 +156,10 @@ def run_missing_cell(
     config:dict, # from `cells`
     out='results', # folder of results
 ):
-    "Run one cell if it is still missing; this is what each task of a cluster does"
+    "Run one cell if it is still missing and nobody is at it; this is what each task of a cluster does"
     keep_memory()
-    if not _there(config, done_in(out)): run_cell(config, out, redo=config['experiment'] == 'starts')
+    if _there(config, done_in(out)): return
+    run_cell(config, out, redo=config['experiment'] == 'starts', wait=False) # there are other cells
 
 def _run_free(configs, out):
     "The cells that nobody else is at, one after another; how many there were"
