@@ -29,6 +29,18 @@ test: .venv/ready
 	$(BIN)python -m pip install -q --no-deps torchattacks
 	touch $@
 
+# The library's own tests beside the newest fastai, without nbdev, which does not go with it.
+.PHONY: test-newest
+test-newest: export OMP_NUM_THREADS = 1
+test-newest: .venv-newest/ready
+	.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile tests $(patsubst %,--ignore tests/test_%.py,repo site install)
+
+.venv-newest/ready: settings.ini setup.py
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q -e '.[ood,onnx,cluster]' ipywidgets pytest pytest-xdist hypothesis timm ruff
+	.venv-newest/bin/python -m pip install -q --no-deps torchattacks
+	touch $@
+
 .PHONY: tidy readme site results slurm
 tidy: .venv/ready
 	$(BIN)nbdev_export
@@ -44,7 +56,7 @@ site: .venv/ready
 
 results: .venv/ready
 	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done
-	for o in starts select grid hard second recipes best curve samples adv; do $(BIN)aoe_run $$o || exit 1; done
+	for o in starts select grid hard second recipes best curve samples adv adv_mild kinds sensitive defects; do $(BIN)aoe_run $$o || exit 1; done
 
 # For tests/test_cluster.py, on Debian and Ubuntu; where it is missing that test is skipped.
 slurm:

@@ -109,7 +109,7 @@ lease
 energy attack metrics batchnorm plots record device conformal drift
 sources methods models cache cluster
 images
-loaders
+loaders drawn
 data
 stream
 evaluation
@@ -118,7 +118,7 @@ generate graph
 sheet
 demo
 all
-study study.protocol
+study study.protocol study.defects
 study.train
 study.measure
 study.search

@@ -8,7 +8,7 @@ from fastcore.test import test_close as close
 from aoe_nb.record import config_hash, result_path
 from aoe_nb.study import claims as study_claims, grid
 from aoe_nb.study.claims import claim_line, claims, complete, gains, holds, in_words, method_table, runs_of
-from aoe_nb.study.claims import curve_gains, reached, rule_experiments, rules_measured
+from aoe_nb.study.claims import curve_gains, reached, rules_measured
 from aoe_nb.study.grid import cells, listing, missing
 from aoe_nb.study.protocol import attack_plans, chosen, claim_texts, curve_plans, diverged_means, experiments, exposures
 from aoe_nb.study.protocol import protocol, rules, starts, wanted
@@ -115,7 +115,7 @@ def test_recipe_is_added_when_it_is_known(tmp_path):
 def test_every_file_is_a_cell_and_every_cell_a_file(name):
     paths = {result_path(c, RESULTS) for c in cells(name, IDS, RESULTS)}
     there = set((RESULTS / name).glob('*.json'))
-    assert there == paths if name not in rule_experiments else there <= paths
+    assert there == paths if name not in {o[0] for o in TO_COME} else there <= paths
     for path in there:
         config = json.loads(path.read_text())['config']
         assert result_path(config, RESULTS) == path
@@ -147,7 +147,15 @@ COUNTS = [
     ('recipes', 14, 14),
     ('best', 6, 6),
 ]
-TO_COME = [('curve', 10), ('samples', 40), ('adv', 5)]  # how many cells on each set of inliers
+TO_COME = [  # how many cells on each set of inliers
+    ('curve', 10, 10),
+    ('samples', 40, 40),
+    ('adv', 1, 1),
+    ('adv_mild', 5, 5),
+    ('kinds', 18, 18),
+    ('sensitive', 0, 110),
+    ('defects', 0, 60),
+]
 
 
 def test_listing_counts():
@@ -157,7 +165,7 @@ def test_listing_counts():
     assert [tuple(line[:3]) for line in older] == want
     assert all(line[4:] == (['over'] if line[0] == 'select' else ['0', 'missing']) for line in older)
     newer = [(line[0], line[1], int(line[2]) + int(line[4])) for line in lines[len(want) :]]
-    assert newer == [(name, id, n) for name, n in TO_COME for id in IDS]
+    assert newer == [(name, id, n) for name, *both in TO_COME for id, n in zip(IDS, both) if n]
 
 
 def test_command_lists(tmp_path):
@@ -359,11 +367,11 @@ def test_pages_of_claims_exist():
 
 
 def test_new_settings_are_in_new_configs_only():
-    new = {'epochs', 'curve', 'n_outliers'}
+    new = {'epochs', 'curve', 'n_outliers', 'defect'}
     old = set(protocol['tune'])
     for name in experiments[2:]:
         extra = {frozenset(set(c) - old) for c in cells(name, IDS, RESULTS)}
-        want = dict(curve={'epochs', 'curve'}, samples={'n_outliers'}).get(name, set())
+        want = dict(curve={'epochs', 'curve'}, samples={'n_outliers'}, defects={'defect'}).get(name, set())
         assert extra == {frozenset(want)} and want <= new
 
 
@@ -551,6 +559,87 @@ def test_inlier_adversaries():
     assert all(out is None for _, out in learn.energy_log.rows)
 
 
+def colour_parts(defect, method='aoe', n=64):
+    "Parts of coloured images and a ResNet-20 for CIFAR-100, with a defect"
+    from aoe_nb.drawn import drawn
+    from aoe_nb.methods import exposure_of
+    from aoe_nb.models import cifar100_stats, resnet20
+    from aoe_nb.study.defects import made_wrong
+    from aoe_nb.study.train import Images, Parts
+
+    about = dict(method=method, bs=32, lr=1e-3, eps_255=8, bn='frozen', attacks='none', id='cifar100', start='s0')
+    config = protocol['tune'] | about | dict(defect=defect)
+    gen = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 100
+    names = [str(k) for k in range(100)]
+    noise = Images(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=gen), y, names)
+    exposure = dict(lam=0.5, bn='frozen', loss='uniform', seed=0) | exposure_of(method, 8 / 255)
+    exposure, pool = made_wrong(defect, method, exposure, drawn('signs', n), cifar100_stats)
+    torch.manual_seed(0)
+    return Parts(
+        config, noise, noise, dict(signs=drawn('signs', 20, seed=1)), resnet20(100, cifar100_stats), pool, exposure
+    )
+
+
+def test_a_step_in_train_mode_moves_the_averages_and_nothing_else_does():
+    from aoe_nb.study.train import tune
+
+    for defect, moves in dict(none=False, raw_outliers=False, inlier_step=False, train_mode=True).items():
+        parts = colour_parts(defect)
+        before = {k: v.clone() for k, v in parts.net.state_dict().items() if 'running' in k}
+        after = tune(parts).model.state_dict()
+        assert any(not torch.equal(v, after[k]) for k, v in before.items()) == moves, defect
+
+
+def test_a_step_at_the_inliers_is_that_of_the_inliers():
+    from fastai.callback.core import Callback
+    from aoe_nb.attack import eval_mode, fgsm
+    from aoe_nb.energy import energy
+    from aoe_nb.study.train import tune
+
+    class Look(Callback):
+        order = 4
+        run_valid = False
+        seen = []
+
+        def before_batch(self):
+            x = torch.as_tensor(self.xb[0]).as_subclass(torch.Tensor)
+            with eval_mode(self.model):
+                step = fgsm(x, lambda x: energy(self.model(x)), 8 / 255, lo=-1, hi=2) - x
+            self.learn.want = step
+
+        def after_pred(self):
+            self.seen.append(self.learn.want)
+
+    parts = colour_parts('inlier_step')
+    moved = []
+    attack = parts.exposure['attack']
+
+    class Spy(type(attack)):
+        def __call__(self, x, loss, generator=None):
+            out = super().__call__(x, loss, generator)
+            moved.append((x, out))
+            return out
+
+    parts.exposure['attack'] = Spy(attack.eps)
+    look = Look()
+    tune(parts, [look])
+    assert len(moved) == len(look.seen) == 2
+    for (x, out), step in zip(moved, look.seen):
+        close((x + step).clamp(0, 1), out, 1e-5)
+
+
+def test_a_defective_run_holds_both_tests():
+    from aoe_nb.study.measure import tune_and_measure
+
+    res = tune_and_measure(colour_parts('none'))
+    public = [o for o in res['ood'] if o['attack'] == 'public']
+    assert [o['n_out'] for o in public] == [20 * k for k in range(1, 8)]
+    assert {o['set'] for o in res['other_stats']['ood']} == {'signs'}
+    everything = tune_and_measure(colour_parts('all'))
+    assert 'other_stats' not in everything and 'moved' not in everything['energy_percentiles']
+
+
 def test_robust_accuracy_is_recorded_of_adversaries_only():
     from aoe_nb.study.measure import tune_and_measure
 
@@ -562,7 +651,7 @@ def test_robust_accuracy_is_recorded_of_adversaries_only():
 
 def as_if_ruled(id, gain=0.05, half=0.95, more=0.02, last=0.001, hurt=0.03, n=5):
     "Runs in which AOE gains so much, half of the steps bring that share, and adversaries cost so much"
-    runs = {(id, name): [] for name in ('curve', 'samples', 'adv', 'hard')}
+    runs = {(id, name): [] for name in ('curve', 'samples', 'adv_mild', 'hard')}
     wobble = [0, 0.0004, -0.0003, 0.0002, -0.0001]
     for start, w in zip(starts[id][:n], wobble):
 
@@ -579,7 +668,7 @@ def as_if_ruled(id, gain=0.05, half=0.95, more=0.02, last=0.001, hurt=0.03, n=5)
             runs[id, 'curve'].append(run(m, 0.8 + gain) | dict(curve=look))
             level = {100: 0.8, 1000: 0.81, 10_000: 0.8 + more - last, 25_000: 0.8 + more}
             runs[id, 'samples'] += [run(m, v + w * (k > 10_000), n_outliers=k) for k, v in level.items()]
-        runs[id, 'adv'].append(run('adv', 0.8 - hurt + w, 0.9 - hurt + w))
+        runs[id, 'adv_mild'].append(run('adv', 0.8 - hurt + w, 0.9 - hurt + w))
     runs[id, 'grid'] = [
         r | dict(id_acc=0.9 + 0.001 * (r['start'] == 's2'), ood=row('none', 'none', 0, 0.8))
         for r in as_if(0.02, id=id)[id, 'grid']

@@ -12,7 +12,7 @@ from ..lease import Taken
 from ..models import weights_file
 from ..record import config_hash, run
 from .measure import tune_and_measure
-from .protocol import cells_of, chosen, experiments, start_config, start_name, starts_of
+from .protocol import cells_of, chosen, experiments, inliers_of, start_config, start_name, starts_of
 from .search import done_in, search, write_chosen
 from .train import check_start, check_tune, start_sha, train_start, weights_sha
 from ..device import keep_memory
@@ -110,8 +110,9 @@ def listing(
     rows = []
     for name in experiments:
         for id in ids:
+            if id not in inliers_of(name): continue
             done,left = _line(name, id, out, model)
-            rows.append(f'{name:8}{id:10}{done:4} done  {left}')
+            rows.append(f'{name:10}{id:10}{done:4} done  {left}')
             rows += _on_their_way(name, id, out, model)
     return '\n'.join(rows)
 

@@ -12,8 +12,9 @@ from ..attack import FGSM, PGD, Square, eval_mode
 from ..energy import energy, msp
 from ..metrics import report_row
 from ..stream import labelled_batches
+from .defects import OtherStats, other_stats, public_rows
 from .protocol import attack_plans, curve_plans, protocol
-from .train import fixed_subset, logits_of, resolve, tune
+from .train import fixed_subset, logits_of, resolve, stats_of, tune
 from fastai.callback.core import Callback
 import aoe_nb.evaluation # noqa: F401, adds `learn.ood_scores` and `learn.id_report`
 
@@ -76,7 +77,8 @@ def _exposed_percentiles(learn, pool):
     if not exposure.lam: return {}
     some = fixed_subset(pool, 500)
     res = dict(exposed=_percentiles(learn.ood_scores(some)))
-    if exposure.attack: res['moved'] = _percentiles(learn.ood_scores(some, attack=exposure.attack))
+    attack = None if hasattr(exposure.attack, 'learn') else exposure.attack # two of the defects look elsewhere
+    if attack: res['moved'] = _percentiles(learn.ood_scores(some, attack=attack))
     return res
 
 def measure_tuned(
@@ -162,6 +164,27 @@ def _robust(net, parts):
     some = fixed_subset(parts.test, about['n'])
     return robust_accuracy(net, some, attack_of(about['attack'], about['eps_255']))
 
+# %% ../../nbs/study/02_measure.ipynb #0c8be302
+def _restated(model, parts):
+    "The network as it is tested with the statistics of the other data set"
+    id = parts.config['id']
+    return OtherStats(model, stats_of(id, parts.config['start']), other_stats[id])
+
+def _with_defect(learn, parts):
+    "Measure a network in both ways of testing"
+    everything = parts.config['defect'] == 'all'
+    tested = _restated(learn.model, parts)
+    if everything: learn.model = tested
+    res = measure_tuned(learn, parts)
+    some = fixed_subset(parts.test, 1000)
+    sets = {name: fixed_subset(o, 500) for name,o in parts.unseen.items()}
+    res['ood'] += public_rows(learn.model, some, sets)
+    if everything: return res
+    logits = {name: logits_of(tested, o) for name,o in (dict(inliers=parts.test) | parts.unseen).items()}
+    rows = clean_rows(logits['inliers'], {name: (o.group, logits[name]) for name,o in parts.unseen.items()})
+    right = logits['inliers'].argmax(1) == parts.test.y
+    return res | dict(other_stats=dict(id_acc=float(right.float().mean()), ood=rows))
+
 # %% ../../nbs/study/02_measure.ipynb #0c8b5997
 def _worst(parts, why):
     "What is recorded of a run that diverged"
@@ -173,7 +196,7 @@ def _with_robust(parts, curve):
     "Tune and measure, with robust accuracy before and after where that is asked"
     start = _robust(parts.net, parts)
     learn = tune(parts, curve)
-    res = measure_tuned(learn, parts)
+    res = _with_defect(learn, parts) if 'defect' in parts.config else measure_tuned(learn, parts)
     if start is None: return res
     robust = dict(start=start, tuned=_robust(learn.model, parts))
     return res | dict(robust_acc=protocol['robust'] | robust)

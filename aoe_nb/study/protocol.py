@@ -6,7 +6,7 @@
 __all__ = ['here', 'protocol', 'inlier_names', 'n_classes', 'unseen_sets', 'selection_classes', 'exposed_classes', 'starts',
            'start_config', 'tune_config', 'experiments', 'exposures', 'search_space', 'asked', 'floored', 'recipes',
            'attack_plans', 'curve_plans', 'claim_texts', 'wanted', 'masking', 'rules', 'diverged_means', 'read_table',
-           'starts_of', 'start_name', 'trial_settings', 'chosen', 'cells_of']
+           'starts_of', 'start_name', 'trial_settings', 'chosen', 'inliers_of', 'cells_of']
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3882e
 import json
@@ -104,12 +104,18 @@ def _block_cells(block, id, lock, model):
     "What the cells of one block set themselves"
     names = starts_of(id, model)
     generator = f'gan-tiny-{id}-{block["generator"]}'
+    if id not in block.get('ids', starts): return
     for start in names if block['starts'] == 'all' else names[:1]:
         for seed,attacks in zip(block['seeds'], block['attacks']):
             for method,eps in _methods_of(block, lock):
                 about = dict(experiment=block['experiment'], outliers=generator, attacks=attacks)
                 about |= dict(method=method, eps_255=eps, start=start, seed=seed)
                 for more in _more_settings(block): yield about | more
+
+def inliers_of(name): # of `experiments`
+    "The inliers on which an experiment has cells"
+    limits = [o['ids'] for o in protocol['cells'] if o['experiment'] == name and 'ids' in o]
+    return limits[0] if limits else list(starts)
 
 def cells_of(
     name, # of `experiments`, beside 'starts' and 'select'
@@ -126,7 +132,8 @@ def cells_of(
         blocks = [o for o in protocol['cells'] if o['experiment'] == name]
         varied = [c for block in blocks for c in _block_cells(block, id, lock, model)]
         cells = [tune_config | settings | dict(id=id, model=model) | c for c in varied]
-    return [c | _checksums(c, lock) for c in cells]
+    once = {json.dumps(c, sort_keys=True): c for c in cells}
+    return [c | _checksums(c, lock) for c in once.values()]
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3a21a
 attack_plans = read_table('attacks.csv')
