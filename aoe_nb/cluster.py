@@ -114,7 +114,7 @@ def _executor(out, cluster, minutes, **asked):
     executor.update_parameters(name='aoe', timeout_min=math.ceil(minutes), stderr_to_stdout=True, **asked)
     return executor
 
-def submit(
+def submit( # noqa: PLR0913
     configs, # as `run` takes them
     cell, # config, folder of results -> anything; writes the result of one config
     out='results', # folder of results, seen by all machines
@@ -123,12 +123,13 @@ def submit(
     hours:float=2, # for each config; then its task is put back into the queue, three times at most
     partition='', # of Slurm; default: its own choice
     parallel:int=0, # tasks at a time; default: what Slurm gives, one on this machine
+    redo:bool=False, # submit also what is done; the cell knows why
 )->list: # submitit's jobs
     "Submit as one job array what is neither done nor on its way"
     check_cluster(cluster)
     check_writable(out)
-    now = states(configs, out).state
-    todo = [c for c,state in zip(configs, now) if state in ('missing','failed')]
+    leave = ['running','submitted'] if redo else ['running','submitted','done']
+    todo = [c for c,state in zip(configs, states(configs, out).state) if state not in leave]
     if not todo: return []
     n = len(todo) if cluster == 'slurm' else min(parallel or 1, len(todo))
     shares = [Share(cell, todo[k::n], Path(out).absolute()) for k in range(n)]

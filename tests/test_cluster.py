@@ -195,6 +195,20 @@ def test_a_grid_in_this_process(out, capsys):
     assert 'nothing to submit' in capsys.readouterr().out
 
 
+def test_a_start_without_its_weights_is_submitted_again(out, monkeypatch):
+    "Its result alone is not enough"
+    config = grid.cells('starts', ['cifar10'], out)[0]
+    path = result_path(config, out)
+    path.parent.mkdir()
+    path.write_text(json.dumps(dict(config=config)))
+    ran = []
+    monkeypatch.setattr(grid, 'run_missing_cell', lambda config, out: ran.append(config['seed']))
+    monkeypatch.setattr(grid, 'weights_file', lambda name: Path('nowhere'))
+    aoe_run(name='starts', cluster='debug', seeds=str(config['seed']))
+    assert ran == [config['seed']]
+    assert submit([config], grid.run_missing_cell, out, 'debug') == []  # for others it is done
+
+
 def test_a_search_says_that_it_has_more_steps(out, capsys):
     (out / 'chosen.json').unlink()
     aoe_run(name='select', cluster='debug')

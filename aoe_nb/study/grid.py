@@ -183,8 +183,8 @@ def _run_all(todo, name, out):
 # %% ../../nbs/study/04_grid.ipynb #35d7aa03
 def _submit_all(configs, name, out, cluster):
     "Hand cells to a cluster, and say what happens now"
-    jobs = submit(configs, run_missing_cell, out, **cluster)
-    if not jobs: return print(f'nothing to submit: what is missing in {name} is on its way (aoe_run --list)')
+    jobs = submit(configs, run_missing_cell, out, redo=True, **cluster) # a start is missing if its weights are
+    if not jobs: return print(f'nothing to submit: what {name} needs is done or on its way (aoe_run --list)')
     first = jobs[0].job_id.partition('_')[0]
     print(f'{len(jobs)} tasks of {name} submitted, the first as job {first}; aoe_run --list shows how they do')
     if name == 'select': print('they are one step of the search: when they are done, the same command submits the next')
