@@ -133,13 +133,13 @@ def _fault(result, name):
 def read_result(
     path, # of a result, or of another JSON object
 )->dict:
-    "What is in the file; an error that names it if it was cut or edited"
+    "What is in the file beside its seal; an error that names it if it was cut or edited"
     path = Path(path)
     try: result = json.loads(path.read_text())
     except ValueError as e: fault = f'is cut or is no JSON ({e})'
     else: fault = _fault(result, path.name)
     if fault: raise ValueError(f'{path} {fault}: restore it, or remove it and run the same command again')
-    return result
+    return {k: v for k,v in result.items() if k != 'digest'}
 
 # %% ../nbs/16_record.ipynb #54e86a8b
 def _version(path):
