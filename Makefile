@@ -41,11 +41,11 @@ test-newest: .venv-newest/ready
 
 .venv-newest/ready: settings.ini setup.py
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -q -e '.[ood,onnx]' ipywidgets pytest pytest-xdist hypothesis timm ruff
+	.venv-newest/bin/python -m pip install -q -e '.[ood,onnx,cluster]' ipywidgets pytest pytest-xdist hypothesis timm ruff
 	.venv-newest/bin/python -m pip install -q --no-deps torchattacks
 	touch $@
 
-.PHONY: tidy readme site results
+.PHONY: tidy readme site results slurm
 tidy: .venv/ready
 	$(BIN)nbdev_export
 	$(BIN)python tools/collapse.py
@@ -61,3 +61,11 @@ site: .venv/ready
 results: .venv/ready
 	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done
 	for o in starts select grid hard second recipes best curve samples adv adv_mild kinds sensitive defects; do $(BIN)aoe_run $$o || exit 1; done
+
+# For tests/test_cluster.py, on Debian and Ubuntu; where it is missing that test is skipped.
+slurm:
+	command -v apt-get >/dev/null
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge
+
+SUDO = $(if $(filter-out 0,$(shell id -u)),sudo -n)

@@ -12,6 +12,7 @@ cfg = cfg['DEFAULT']
 lib = cfg['lib_path']
 first = int(cfg['min_python'].split('.')[1])
 pythons = [f'Programming Language :: Python :: 3.{minor}' for minor in range(first, 13)]
+EXTRAS = 'dev', 'ood', 'onnx', 'distributed', 'cluster'
 
 setup(
     name=cfg['lib_name'],
@@ -30,7 +31,7 @@ setup(
     # tables and the figure style, wherever a room keeps them
     package_data={'': ['*.mplstyle', '*.csv', '*.toml', '*.json']},
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'ood', 'onnx', 'distributed')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in EXTRAS},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']},
     classifiers=[
         'Development Status :: 3 - Alpha',

@@ -97,6 +97,20 @@ def _seen(batches, digest):
         _feed(digest, batch)
         yield batch
 
+def _recall(path):
+    "What is kept in `path`; None if nothing is, or if that is damaged"
+    try: return torch.from_numpy(np.load(path))
+    except (FileNotFoundError, NotADirectoryError): return None
+    except (OSError, ValueError, EOFError, TypeError) as e:
+        warnings.warn(f'{path} is damaged ({e}), the scores are computed again', stacklevel=6)
+
+def _keep(path, res):
+    "Write `res`, or say that it could not be kept; the numbers themselves are not lost"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda f: np.save(f, res.numpy()))
+    except OSError as e: warnings.warn(f'scores are not cached: {e}', stacklevel=6)
+
 def kept(
     folder, # where results are kept
     about, # what the result depends on besides the batches: any nested parts
@@ -111,9 +125,9 @@ def kept(
     def path(digest): return Path(folder)/f'{digest.hexdigest()}.npy'
     expected = start.copy()
     for _ in _seen(batches(), expected): pass
-    if path(expected).exists(): return torch.from_numpy(np.load(path(expected)))
+    res = _recall(path(expected))
+    if res is not None: return res
     met = start.copy() # a loader that shuffles shows other batches now, and the result is filed under those
     res = compute(_seen(batches(), met))
-    path(met).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path(met), lambda f: np.save(f, res.numpy()))
+    _keep(path(met), res)
     return res

@@ -126,30 +126,42 @@ def aoe_demo(
     run_demos(demo_configs(seeds, seed, epochs=epochs, lam=lam, eps_255=eps, bn=bn), out, redo)
 
 # %% ../nbs/21_cli.ipynb #21c00018
-def _part_of(part):
-    "'1/2' as (0,2)"
-    k,n = map(int, part.split('/')) if re.fullmatch(r'\d+/\d+', part) else (1,0)
-    if not 1 <= k <= n: raise ValueError(f'part must be like 1/2, not {part}')
-    return k-1,n
-
 def _numbers(text, name):
     "'0,2' as {0,2}; None for nothing"
     if re.fullmatch(r'(\d+(,\d+)*)?', text): return {int(o) for o in text.split(',')} if text else None
     raise ValueError(f'{name} must be whole numbers, separated by commas, not {text}')
 
+def _cluster(cluster, device, **asked):
+    "What to ask of a cluster, refused at once if it makes no sense; nothing without one"
+    if not cluster:
+        lost = [name for name in ('gpus','partition','parallel') if asked[name]]
+        if not lost: return None
+        raise ValueError(f'{lost[0]} is for a cluster, add --cluster slurm; two plain commands share the work anyway')
+    if device: raise ValueError('device is for this machine, on a cluster --gpus decides')
+    _within('gpus', asked['gpus'], 0, 64)
+    _within('hours', asked['hours'], .02, 24*365)
+    _within('parallel', asked['parallel'], 0, 100_000)
+    from aoe_nb.cluster import check_cluster
+    check_cluster(cluster)
+    return dict(cluster=cluster, **asked)
+
 # %% ../nbs/21_cli.ipynb #21c00019
 @command('what is done is in {out}, the same command goes on')
-def aoe_run(
+def aoe_run( # noqa: PLR0913
     name:str='', # Experiment; without one: list what there is
     ids:str='cifar10,cifar100', # Inliers, separated by commas
     model:str='resnet20', # Or wrn40_2, which wants a GPU; a search is always over resnet20
     seeds:str='', # Only these seeds, separated by commas
     out:str='results', # Folder for results
     device:str='', # cpu or cuda; default: cuda if there is one
-    part:str='1/1', # 1/2 and 2/2: halves for two machines
-    list:bool=False, # Show what is done and what is missing, and run nothing
+    cluster:str='', # Submit instead of running here: slurm, local (processes of this machine) or debug
+    gpus:int=0, # For each cell on a cluster
+    hours:float=2, # For each cell on a cluster
+    partition:str='', # Of Slurm; for all else sbatch has variables, such as SBATCH_ACCOUNT
+    parallel:int=0, # Cells at a time; default: what Slurm gives, one with local
+    list:bool=False, # Show what is done, running, submitted, failed or missing, and run nothing
 ):
-    """Run an experiment's missing cells; stop it and start it again as you like.
+    """Run an experiment's missing cells; stop it and start it again, here or elsewhere, as you like.
 
     Experiments: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start),
     recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
@@ -160,15 +172,15 @@ def aoe_run(
     for id in ids: _known(id, starts, 'inliers')
     _known(model, _networks, 'model')
     if device not in ('','cpu','cuda'): raise ValueError(f'device must be cpu or cuda, not {device!r}')
-    part = _part_of(part)
     seeds = _numbers(seeds, 'seeds')
+    cluster = _cluster(cluster, device, gpus=gpus, hours=hours, partition=partition, parallel=parallel)
     from aoe_nb.study.grid import listing, run_missing
     from fastai.torch_core import default_device
     if list or not name: print(listing(ids, out, model))
     if not list and not name: print('\naoe_run NAME runs what is missing of one; aoe_run --help says what each is')
     if list or not name: return
     if device: default_device(device == 'cuda')
-    run_missing(name, ids, model, seeds, out, part)
+    run_missing(name, ids, model, seeds, out, cluster)
 
 # %% ../nbs/21_cli.ipynb #21c00021
 def _go_on():

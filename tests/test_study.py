@@ -174,7 +174,7 @@ def test_command_lists(tmp_path):
     assert res.stdout.strip() == listing(IDS, RESULTS)
 
 
-def pretend_cell(config, out, redo):
+def pretend_cell(config, out, redo, wait):
     "A result as if `aux` were a little better and five steps on all outliers cost accuracy"
     acc = 0.9 - 0.1 * (config['method'] == 'aoe_pgd')
     auroc = 0.8 + 0.01 * (config['bn'] == 'aux')
@@ -200,8 +200,7 @@ def test_command_goes_from_search_to_grid(tmp_path, monkeypatch, capsys):
     assert 'the recipes for cifar10 are not all measured' in capsys.readouterr().out
     grid.run_missing('recipes', ['cifar10'], out=tmp_path)
     assert chosen(tmp_path)['cifar10']['taken'] == ('aoe_pgd_half', 8)
-    for half in (0, 2), (1, 2):
-        grid.run_missing('second', ['cifar10'], out=tmp_path, part=half)
+    grid.run_missing('second', ['cifar10'], out=tmp_path)
     assert len(list((tmp_path / 'second').glob('*.json'))) == 4 and len(cells('best', ['cifar10'], tmp_path)) == 6
     line = next(o for o in listing(['cifar10'], tmp_path).splitlines() if o.startswith('grid'))
     assert line.split() == ['grid', 'cifar10', '0', 'done', '50', 'missing']
@@ -399,15 +398,19 @@ def test_hashes_of_new_configs():
 def test_runs_are_resumed(tmp_path, monkeypatch):
     ran = []
 
-    def noted(config, out, redo):
+    def noted(config, out, redo, wait):
+        if len(ran) == 15 and not stopped:
+            stopped.append(config)
+            raise KeyboardInterrupt
         ran.append(config_hash(config))
-        pretend_cell(config, out, redo)
+        pretend_cell(config, out, redo, wait)
 
+    stopped = []
     monkeypatch.setattr(grid, 'run_cell', noted)
     shutil.copy(RESULTS / 'chosen.json', tmp_path)
-    grid.run_missing('samples', ['cifar10'], out=tmp_path, part=(0, 2))
-    half = len(ran)
-    assert 0 < half < 40 and len(missing('samples', ['cifar10'], tmp_path)) == 40 - half
+    with pytest.raises(KeyboardInterrupt):
+        grid.run_missing('samples', ['cifar10'], out=tmp_path)
+    assert len(ran) == 15 and len(missing('samples', ['cifar10'], tmp_path)) == 25
     grid.run_missing('samples', ['cifar10'], out=tmp_path)
     assert len(ran) == len(set(ran)) == 40 and missing('samples', ['cifar10'], tmp_path) == []
 

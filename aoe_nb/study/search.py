@@ -9,7 +9,7 @@ __all__ = ['trial_config', 'done_in', 'searched_auroc', 'merit', 'plain_trials',
 # %% ../../nbs/study/03_search.ipynb #426801af
 import json, numpy as np
 from pathlib import Path
-from ..record import check_writable, result_path, write_whole
+from ..record import check_writable, read_result, result_path, write_whole
 from .protocol import asked, chosen, exposures, floored, protocol, recipes
 from .protocol import search_space, start_name, starts, starts_of, trial_settings
 from .train import start_sha, weights_sha
@@ -29,7 +29,7 @@ def done_in(out): # folder of results
     "config -> its result if that is in `out`, else None"
     def read(config):
         path = result_path(config, out)
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_result(path) if path.exists() else None
     return read
 
 # %% ../../nbs/study/03_search.ipynb #426843a1
