@@ -108,7 +108,7 @@ ROOMS = """
 energy attack metrics batchnorm plots record device conformal drift
 sources methods models cache
 images
-loaders drawn
+loaders drawn painted
 data
 stream
 evaluation
