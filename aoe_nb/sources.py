@@ -326,6 +326,8 @@ def sources_table()->pd.DataFrame:
     for name,src in sources.items():
         row = {k: getattr(src, k) for k in ('what','n','home','licence','rule','pitfall')}
         row['n'] = ', '.join(f'{split} {n:,}' if n else split for split,n in src.n.items())
+        known = None not in src.n.values()
+        row['MB'] = round(sum(src.n.values())*3*src.size**2/1e6) if known else '?' # in colours, once it is decoded
         row['fetch'] = 'by name' if src.get else 'put a folder'
         rows[name] = row
     return pd.DataFrame(rows).T

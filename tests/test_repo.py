@@ -112,7 +112,7 @@ loaders drawn painted
 data
 stream
 evaluation
-peers audit exposure detector
+peers audit exposure detector openood
 generate graph
 sheet
 demo
