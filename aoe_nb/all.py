@@ -42,7 +42,8 @@ from .plots import plot_reliability, plot_step, plot_gains, sliders
 
 # %% ../nbs/20_all.ipynb #a11f0004
 _all_ = [
-    Images, inliers, outliers, outliers_table, unseen, drawn, painted, PCAGaussian, Mixed, audit, load_generator, load_weights,
+    Images, inliers, outliers, outliers_table, unseen, drawn, painted, PCAGaussian, Mixed, audit,
+    load_generator, load_weights,
     small_cnn, resnet20, resnet32, resnet44, resnet56, wrn16_4, wrn40_2, RandomCropFlip,
     mnist_convnet, resnet18_32x32,
     energy, msp, max_logit, entropy, uniform_ce, energy_margin, on_input, pytorch_ood_score,

@@ -97,7 +97,7 @@ def openood_metrics(
     scores_in, # scores of inliers, a vector, higher = more outlying
     scores_out, # scores of outliers, a vector
 )->dict: # percent: OpenOOD's four, then ours that it has not
-    "FPR@95 with outliers positive, AUROC and trapezoidal AUPR as OpenOOD has them; average precision and FPR95_ID beside"
+    "FPR@95, AUROC and AUPR as OpenOOD has them; average precision and FPR95_ID beside"
     ours = ood_metrics(scores_in, scores_out)
     score = np.concatenate([np.asarray(o, dtype=np.float64) for o in (scores_in, scores_out)])
     is_out = np.repeat([0,1], [len(scores_in), len(scores_out)])
@@ -177,9 +177,8 @@ def openood( # noqa: PLR0913
     _check_network(bench, known, y)
     s_in,outs,right = _measured(bench, known, y, sets, attack, attacked)
     df = openood_report(s_in, outs, right)
-    name = getattr(bench.score, '__name__', repr(bench.score))
-    attacked = 'none' if attack is None else attacked
-    df.attrs = dict(id=id, score=name, attack=repr(attack), attacked=attacked, seed=seed, whole=whole)
+    df.attrs = dict(id=id, score=getattr(bench.score, '__name__', repr(bench.score)), attack=repr(attack),
+                    attacked=attacked if attack else 'none', seed=seed, whole=whole)
     return df
 
 # %% ../nbs/27_openood.ipynb #27o00017
@@ -188,7 +187,7 @@ def _measured(bench, known, y, sets, attack, attacked):
     moved_in = attack is not None and attacked != 'ood'
     on_outliers = None if attacked == 'id' else attack
     total = len(known)*(1+moved_in) + sum(map(len, sets.values()))
-    with tqdm(total=total, unit=' images') as bar:
+    with tqdm(total=total, unit=' images', disable=total < 5000) as bar:
         judged = _in_pieces(known, bar, bench.judged)
         s_in = judged[:,0]
         if moved_in: s_in = _in_pieces(known, bar, partial(bench.scores, attack=attack, sign=-1))

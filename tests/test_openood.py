@@ -18,7 +18,7 @@ from aoe_nb.attack import PGD
 from aoe_nb.data import Images, outliers
 from aoe_nb.energy import energy
 from aoe_nb.evaluation import on_input
-from aoe_nb.models import cifar10_stats, load_weights, mnist_convnet, openood_cifar100_stats, resnet18_32x32, resnet20
+from aoe_nb.models import cifar10_stats, load_weights, mnist_convnet, openood_cifar100_stats, resnet20
 from aoe_nb.openood import (
     openood_learner,
     openood_metrics,
