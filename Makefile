@@ -29,6 +29,18 @@ test: .venv/ready
 	$(BIN)python -m pip install -q --no-deps torchattacks
 	touch $@
 
+# The library's own tests beside the newest fastai, without nbdev, which does not go with it.
+.PHONY: test-newest
+test-newest: export OMP_NUM_THREADS = 1
+test-newest: .venv-newest/ready
+	.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile tests $(patsubst %,--ignore tests/test_%.py,repo site install)
+
+.venv-newest/ready: settings.ini setup.py
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q -e '.[ood,onnx]' ipywidgets pytest pytest-xdist hypothesis timm ruff
+	.venv-newest/bin/python -m pip install -q --no-deps torchattacks
+	touch $@
+
 .PHONY: tidy readme site results
 tidy: .venv/ready
 	$(BIN)nbdev_export

@@ -19,13 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from browser import FLAGS, LIMIT, Silent, program
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from test_cli import run, started
-from test_site import BROWSERS, FLAGS, LIMIT, Silent
 
 from aoe_nb import detector, sheet  # noqa: F401 (the first patches Learner)
 from aoe_nb.models import small_cnn
@@ -156,8 +156,8 @@ onload = () => document.querySelector('pre').textContent = btoa(encodeURICompone
 @pytest.fixture(scope='module')
 def browse(report, tmp_path_factory):
     "What a browser says of the page: two looks at it, the console, and what it asked for"
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not program:
+    chrome = program()
+    if not chrome:
         pytest.skip('no chromium or google-chrome on PATH: the report was not opened in a browser')
     folder = report[0].parent
     (folder / 'look.htm').write_text(LOOK)
@@ -176,7 +176,7 @@ def browse(report, tmp_path_factory):
         profile = f'--user-data-dir={tmp_path_factory.mktemp("chromium")}'
         offline = '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'
         url = f'http://127.0.0.1:{server.server_port}/look.htm'
-        command = [program, *FLAGS, offline, profile, *args, '--dump-dom', url]
+        command = [chrome, *FLAGS, offline, profile, *args, '--dump-dom', url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
         found = re.search('<pre>(.*?)</pre>', done.stdout, re.S)[1]
         console = [o for o in done.stderr.splitlines() if ':CONSOLE' in o]

@@ -4,18 +4,18 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from functools import partial
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 import yaml
+from browser import FLAGS, LIMIT, Silent, program
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from website import WIDGET, tidy
@@ -27,7 +27,6 @@ CONFIG = get_config(path=ROOT)
 CONF = {name: yaml.safe_load((ROOT / 'nbs' / name).read_text()) for name in ('_quarto.yml', 'sidebar.yml')}
 HOME = CONFIG.doc_host + CONFIG.doc_baseurl + '/'
 BLOB = CONFIG.git_url + '/blob/main/'
-LIMIT = 600  # seconds until a browser counts as hanging; it needs one or two
 each_nb = pytest.mark.parametrize('nb', NBS, ids=[o.with_suffix('').as_posix() for o in NBS])
 
 
@@ -281,25 +280,14 @@ def test_pictures_have_words(nb, pages):
 
 # A browser
 
-BROWSERS = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
-FLAGS = (
-    '--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars '
-    '--enable-logging=stderr --v=0'
-).split()
-
-
-class Silent(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture(scope='session')
 def browse(site, tmp_path_factory):
     """Open a page of the site, served to this machine alone.
 
     It returns the page after its scripts, and the console but for what needs the network."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not program:
+    chrome = program()
+    if not chrome:
         pytest.skip('no chromium or google-chrome on PATH: the pages were not opened in a browser')
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Silent, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -308,7 +296,7 @@ def browse(site, tmp_path_factory):
     def go(page, *args):
         profile = f'--user-data-dir={tmp_path_factory.mktemp("chromium")}'
         url = f'http://127.0.0.1:{server.server_port}/{page}'
-        command = [program, *FLAGS, offline, profile, *args, url]
+        command = [chrome, *FLAGS, offline, profile, *args, url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
         lines = done.stderr.splitlines()
         return done.stdout, [o for o in lines if ':CONSOLE' in o and 'cdn.jsdelivr.net' not in o]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rule_experiments', 'runs_of', 'complete', 'start_reports', 'gains', 'in_words', 'method_table', 'verdict',
-           'gains_wanted', 'looks_masked', 'readings', 'contrast', 'interval_of', 'rules_measured', 'claims',
-           'claim_line', 'curve_gains', 'reached', 'holds']
+           'gains_wanted', 'looks_masked', 'readings', 'contrast', 'interval_of', 'rules_measured', 'rules_in_words',
+           'claims', 'claim_line', 'curve_gains', 'reached', 'holds']
 
 # %% ../../nbs/study/05_claims.ipynb #5115c583
 import json, numpy as np, pandas as pd
@@ -212,6 +212,16 @@ def rules_measured(
     wants = pd.DataFrame(rules)[['claim','label','side','margin']]
     found = pd.DataFrame([interval_of(contrast(runs, o['terms'])) for o in rules])
     return wants.join(found).assign(ready=found.n == n_starts)
+
+def rules_in_words(
+    claim, # of `claim_texts`
+    runs, # {experiment: results}
+)->pd.DataFrame: # one row a rule that has a number: points, n, detectable
+    "What the rules of one claim found, for a page"
+    table = rules_measured(runs).query('claim == @claim and n > 0')
+    rows = {o.label: dict(points=in_words(o, short=True), n=f'{o.n:.0f}', detectable=f'{100*o.detectable:.2f}')
+            for _,o in table.iterrows()}
+    return pd.DataFrame(rows, index=['points','n','detectable']).T
 
 # %% ../../nbs/study/05_claims.ipynb #51155c8e
 rule_experiments = sorted({t['experiment'] for o in rules for t in o['terms']} - {'grid'})
