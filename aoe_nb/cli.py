@@ -349,13 +349,20 @@ def _benched(path, id, arch):
     from aoe_nb.openood import openood_learner
     return openood_learner(path, id, getattr(models, arch))
 
-def _bench_score(score, learn, root, id):
-    "A score by its name; a detector of pytorch-ood is fitted to the training images of the benchmark"
+def _bench_sets(root, id, score):
+    "All sets that a score needs, or an error that says what is missing; a detector is fitted to the training images"
     from aoe_nb.energy import scores
-    if score in scores: return score
     from aoe_nb.openood import openood_sets
+    if score in scores: return openood_sets(root, id)
+    from aoe_nb.peers import known_detector
+    known_detector(score)
+    return openood_sets(root, id, ('train','test','near','far'))
+
+def _bench_score(score, learn, sets):
+    "A score by its name; a detector of pytorch-ood fitted to the training images"
+    if 'train' not in sets: return score
     from aoe_nb.peers import pytorch_ood_score
-    return pytorch_ood_score(score, learn, openood_sets(root, id, ['train'])['train'].images())
+    return pytorch_ood_score(score, learn, sets['train'].images())
 def _print_row(reports, id, name, path):
     "The table over runs, which is written to `path`, and the row among published ones"
     from aoe_nb.openood import openood_published, openood_row, openood_table
@@ -387,8 +394,7 @@ def aoe_bench( # noqa: PLR0913
     from aoe_nb.record import check_writable
     check_writable(out)
     from aoe_nb.attack import PGD
-    from aoe_nb.openood import openood_sets
-    openood_sets(root, id) # says what is missing before a network is loaded
+    sets = _bench_sets(root, id, score)
     attack = PGD(eps/255, steps) if eps else None
     name = f'{id}-{score}'
     if eps: name += f'-pgd{steps}-{eps:g}-{attacked}'
@@ -396,7 +402,7 @@ def aoe_bench( # noqa: PLR0913
     for path in paths:
         print(path, flush=True)
         learn = _benched(path, id, arch)
-        found = _bench_score(score, learn, root, id)
+        found = _bench_score(score, learn, sets)
         reports.append(learn.openood(root, id, found, attack, attacked, cache=Path(out)/'scores'))
     _print_row(reports, id, name, Path(out)/f'{name}.csv')
 

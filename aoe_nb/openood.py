@@ -42,7 +42,7 @@ def openood_protocol(
     id='cifar10', # cifar10, cifar100, imagenet200 or imagenet
 )->pd.DataFrame: # one row a set: group, list, n
     "The sets of a benchmark of OpenOOD v1.5"
-    return _table('openood.csv', id).set_index('set').astype(dict(n='Int64'))
+    return _table('openood.csv', id).set_index('set')
 
 # %% ../nbs/27_openood.ipynb #27o00008
 @dataclass
@@ -50,7 +50,7 @@ class Listed:
     "A set of a benchmark: files and labels, and its images when they are asked for"
     name:str
     group:str # 'split', 'val', 'near' or 'far'
-    n:int # images that the protocol has, NA where we do not know
+    n:int # images that the protocol has
     files:list
     labels:list
     size:int=32 # side of the images
@@ -66,7 +66,7 @@ class Listed:
 
 def _unlike(sets):
     "Which sets have not the protocol's number of images, in words"
-    return [f'{name} {len(o):,} of {o.n:,}' for name,o in sets.items() if not pd.isna(o.n) and len(o) != o.n]
+    return [f'{name} {len(o):,} of {o.n:,}' for name,o in sets.items() if len(o) != o.n]
 
 # %% ../nbs/27_openood.ipynb #27o00009
 def openood_sets(

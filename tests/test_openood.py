@@ -233,7 +233,9 @@ def test_the_protocol():
     eq(n[['mnist', 'svhn', 'texture', 'places365']].tolist(), [70000, 26032, 5640, 35195])
     n = openood_protocol('cifar100').n
     eq(n[['test', 'val_tin', 'cifar10', 'tin', 'places365']].tolist(), [9000, 972, 10000, 6526, 33773])
-    eq(list(openood_protocol('imagenet').index), 'test ssb_hard ninco inaturalist textures openimage_o'.split())
+    table = openood_protocol('imagenet')
+    eq(list(table.index), 'test ssb_hard ninco inaturalist textures openimage_o'.split())
+    eq(table.n.tolist(), [45000, 49000, 5879, 10000, 5160, 15869])
 
 
 @pytest.mark.parametrize('id', ['imagenet', 'imagenet200'])
@@ -489,6 +491,8 @@ def test_the_command_fits_detectors_and_takes_exports(root, tmp_path, capsys):
     torch.save(learn.model.state_dict(), tmp_path / 'own.pt')
     for name in 'export.pkl', 'own.pt':
         cli.aoe_bench(str(tmp_path / name), root, arch='resnet20', score='KNN', out=str(tmp_path / name[:3]))
+    with pytest.raises(SystemExit, match="has no detector 'Magic': choose from"):
+        cli.aoe_bench(str(tmp_path / 'own.pt'), root, arch='resnet20', score='Magic', out=str(tmp_path / 'own'))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| cifar10-KNN')]
     assert len(rows) == 2 and rows[0] == rows[1]
 
