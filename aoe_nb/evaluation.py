@@ -16,9 +16,9 @@ from fastai.learner import Learner
 from .attack import APGD, FGSM, MIFGSM, PGD, Square, check_attack, eval_mode, no_gradient
 from .cache import code_of, kept
 from .data import Images
-from .energy import energy, get_score, msp
+from .energy import energy, get_score, joint_energy, msp
 from .loaders import Pixels, Rows, batch_of, pair
-from .models import as_input, get_logits, steeper
+from .models import as_input, get_logits, past_softmax, steeper
 from .stream import given, labelled_batches, pixel_batches
 from .metrics import calibration_bins, metric_names, ood_metrics, report_from_scores
 
@@ -82,6 +82,13 @@ def _opened(sets, inliers, learn):
     return sets
 
 # %% ../nbs/07_evaluation.ipynb #07000015
+def _check_logits(logits, score):
+    "Refuse the energy of a network that ends in a softmax"
+    kind = past_softmax(logits) if score in (energy,joint_energy) else ''
+    if not kind: return
+    raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
+                     'leave that layer out, or take another score, such as a function of what the model gives')
+
 @dataclass(repr=False, eq=False)
 class Bench:
     "A learner as it is now on the bench: its scores of inliers and outliers, clean or attacked, and their metrics"
@@ -122,7 +129,10 @@ class Bench:
     def of_pixels(self, x, score, logits=None):
         "`score` of images in [0,1], whose `logits` may be known"
         if isinstance(score, on_input): res = score(self.model, self.inputs(x))
-        else: res = score(self.logits(x) if logits is None else logits)
+        else:
+            if logits is None: logits = self.logits(x)
+            _check_logits(logits, score)
+            res = score(logits)
         if res.shape != x.shape[:1]:
             raise ValueError(f'a score must be one number an image, shape ({len(x)},), not {tuple(res.shape)}')
         return res

@@ -6,29 +6,35 @@
 __all__ = ['OutlierExposure']
 
 # %% ../nbs/05_exposure.ipynb #d8e0d17b
-import math, torch, warnings
+import cloudpickle, io, math, torch, torch.nn.functional as F, warnings
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
+from pydoc import locate
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.all import delegates, patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.schedule import ParamScheduler
+from fastai.data.load import DataLoader
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import TensorImage, no_random, to_device
-from .attack import check_attack, eval_mode
+from fastai.vision.augment import RandomErasing
+from .attack import check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
-from .energy import energy, energy_margin, get_score, uniform_ce
+from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
 from .loaders import Pixels
-from .models import as_input, each_tensor, get_logits, steeper
+from .models import as_input, each_tensor, get_logits, past_softmax, steeper
 from .stream import OutlierStream, given
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
 
-_losses = dict(uniform=_uniform, margin=energy_margin)
+def _no_label(logits_in, logits_out): return F.softplus(logits_out).mean()
+
+_losses = dict(uniform=_uniform, margin=energy_margin, no_label=_no_label)
 
 def _choose(what, name, table):
     "`name` itself if it can be called, else what `table` has under it"
@@ -53,12 +59,16 @@ class OutlierExposure(Callback):
     "Outlier Exposure (Hendrycks et al. 2019), adversarial (Botschen et al. 2025) when given an attack"
     order = 5 # after MixUp, before GradientAccumulation
     run_valid = False
+    remove_on_fetch = True # predictions amid training leave its columns alone
+    checked = False # whether the learner's head was looked at
+    given = None # `lam` and the attack, while schedules change them
+    pending = None # what BatchNorm shall do in the training pass
     def __init__(self, # noqa: PLR0913
         outliers, # `Images`, tensor (uint8 or in [0,1]), path, name, `DataLoader`, or callable: n -> n images
         lam:float=.5, # weight of the outliers' loss; 0: nothing is drawn (but `bn='frozen'` still holds)
         attack=None, # moves the outliers, such as `FGSM(8/255)`; eps in pixels of a [0,1] image
         bn:str='inliers', # how outliers pass BatchNorm: mixed, inliers, separate, aux or frozen
-        loss='uniform', # 'uniform', 'margin', or a function (logits_in, logits_out) -> scalar
+        loss='uniform', # 'uniform', 'margin', 'no_label', or a function (logits_in, logits_out) -> scalar
         ratio:float=1., # outliers per inlier
         frac:float=1., # share of the outliers that is attacked
         attack_in=None, # moves the inliers up their own loss: adversarial training
@@ -76,8 +86,10 @@ class OutlierExposure(Callback):
         self.score = get_score(score)
         self.seed = seed
         self.stream = OutlierStream(outliers, seed)
+        self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
         self.gen = None # of the attacks, made on the device of the first batch
         self.aux = {} # the outliers' own BatchNorm statistics
+        self.schedules = {} # of `lam` and `eps`
         self.off = None # calls off a pending replacement of BatchNorm
         self.before_lr_find = None # the state to go back to
 
@@ -93,6 +105,7 @@ def expose(self:Learner, outliers, lam=.5, attack=None, **kwargs):
     cb = OutlierExposure(outliers, lam, attack, **kwargs)
     cb.stream.check(getattr(self.dls, 'vocab', None))
     cb.stream.check_fit(self)
+    cb._check_learner(self)
     return self.unexpose().add_cb(cb)
 
 @patch
@@ -103,7 +116,132 @@ def unexpose(self:Learner):
             cb._undo()
             cb._hide_columns()
             self.remove_cb(cb)
+        if isinstance(cb, _TrainingPass): self.remove_cb(cb)
     return self
+
+# %% ../nbs/05_exposure.ipynb #05000002
+_several = 'bce','binary','multilabel' # in the names of losses for several labels an image
+_of_numbers = 'mse','l1','huber','gaussiannll','poissonnll' # and of those for regression
+
+def _inner(f):
+    "The loss behind a `partial`, or behind fastai's and MixUp's wrappers"
+    f = getattr(getattr(f, '__self__', None), 'old_lf', f)
+    return getattr(f, 'func', f)
+
+def _loss_name(f):
+    "What a loss is called"
+    f = _inner(f)
+    return getattr(f, '__name__', type(f).__name__)
+
+def _task(
+    y, # labels of some images
+    logits, # of the same
+    loss, # that the learner trains with
+)->str: # 'classes', 'labels' where an image has several, or 'numbers'
+    "What a network is trained for"
+    name = _loss_name(loss).lower().replace('_', '')
+    whole = not y.is_floating_point() or bool((y == y.round()).all())
+    if y.shape != logits.shape: return 'classes' if whole and y.ndim < 3 else 'numbers'
+    if any(o in name for o in _several): return 'labels'
+    within = bool(((y >= 0) & (y <= 1)).all())
+    if within and ((y.sum(1)-1).abs() < 1e-3).all(): return 'classes' # one-hot, or shares of them
+    numbers = not within or not whole or any(o in name for o in _of_numbers)
+    return 'numbers' if numbers else 'labels'
+
+def _few(learn, n=16):
+    "Inputs and labels of the first training images; uses nothing up"
+    dl = learn.dls.train
+    n = min(n, len(dl.dataset))
+    # a copy, for `new` leaves a mark by which random transforms go on differently
+    if isinstance(dl, DataLoader): b = copy(dl).new(bs=n, num_workers=0, shuffle=False, drop_last=False).one_batch()
+    else: b = dl.collate_fn([dl.dataset[i] for i in range(n)])
+    i = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    return b[:i],b[i:]
+
+def _answers(model, x):
+    "What `model` gives in eval mode; nothing is changed by it"
+    x = to_device(x, next(model.parameters()).device).as_subclass(Tensor)
+    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance('force_eager'):
+        return model(as_input(model, x))
+
+# %% ../nbs/05_exposure.ipynb #05000004
+@patch
+def _reads(self:OutlierExposure, *names):
+    "Whether the loss, or the score that an attack lowers, is one of those"
+    return _inner(self.loss_out) in names or self.attack is not None and self.score in names
+
+@patch
+def _check_shape(self:OutlierExposure, logits, n):
+    "Refuse logits that are not those of `n` images"
+    if logits.ndim == 2 and logits.shape[1] > 1 and len(logits) == n: return
+    remedy = ''
+    if logits.ndim < 2 or logits.shape[1:] == (1,): remedy = '. For yes or no, take two outputs and cross-entropy'
+    if logits.ndim == 4: remedy = ', one class for each pixel, where it is for classes of whole images'
+    raise ValueError('outlier exposure needs a classification head, logits of shape (N, C) with C > 1; '
+                     f'this model gives {tuple(logits.shape)}{remedy}')
+
+@patch
+def _check_place(self:OutlierExposure, out, n_classes):
+    "Refuse a tuple in which another tensor than the first has the width of the classes"
+    if not isinstance(out, (tuple,list)) or not n_classes: return
+    widths = [o.shape[1] if isinstance(o, Tensor) and o.ndim == 2 else None for o in out]
+    if None in widths[:1] or n_classes in (widths[0],widths[0]-1) or n_classes not in widths: return
+    raise ValueError(f'the first of what the model gives has {widths[0]} numbers an image for {n_classes} classes: '
+                     'let it give the logits first, or call them "logits" in a dict')
+
+@patch
+def _check_head(self:OutlierExposure, logits, y, loss):
+    "Refuse a head whose numbers are no logits, or whose labels are none that the loss and the score are for"
+    self.checked = True
+    of_classes = self._reads(_uniform, energy_margin, energy, msp, entropy)
+    if not of_classes and not self._reads(_no_label, joint_energy): return
+    task = _task(y.as_subclass(Tensor).to(logits.device), logits, loss) if isinstance(y, Tensor) else 'classes'
+    name = _loss_name(loss)
+    if task == 'numbers':
+        raise ValueError(f'these labels are numbers, not classes ({name}): outlier exposure needs a classification '
+                         'head. Sort the numbers into classes, or give a loss and a score of your own')
+    if task == 'labels' and of_classes:
+        raise ValueError(f'an image may have several labels here ({name}), but the softmax loss and the energy are for '
+                         "one class an image: learn.expose(..., loss='no_label', score='joint_energy')")
+    if name.lower().replace('_', '') in ('bceloss','binarycrossentropy') and task == 'labels':
+        raise ValueError(f'{name} takes probabilities, the energy takes logits: leave the sigmoid out of the model '
+                         'and train with BCEWithLogitsLoss')
+    kind = past_softmax(logits)
+    if kind == 'Softmax' or kind and self._reads(energy, joint_energy, energy_margin, _no_label):
+        raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
+                         'leave that layer out and train with cross-entropy, which has it inside')
+    if kind:
+        warnings.warn('the model ends in a LogSoftmax: outlier exposure works, but energies stay at zero, and the '
+                      "column energy_gap with them. Score with 'msp', or leave that layer out and train with "
+                      'cross-entropy', stacklevel=2)
+
+@patch
+def _check_learner(self:OutlierExposure, learn):
+    "Look at a few training images and at what the model gives for them, where both can be asked"
+    if not self.lam and self.attack_in is None: return
+    try:
+        with no_random(): xb,yb = _few(learn)
+    except Exception: return # a loader that cannot be read says so itself when it is used
+    self._check_batch(xb, yb)
+    if not self.lam: return
+    try:
+        with no_random(): out = _answers(learn.model, xb[0])
+    except Exception: return # and so does a model
+    logits = get_logits(out)
+    self._check_place(out, getattr(learn.dls, 'c', None))
+    self._check_shape(logits, len(xb[0]))
+    self._check_head(logits, yb[0], learn.loss_func)
+
+@patch
+def _check_batch(self:OutlierExposure, xb, yb):
+    "Refuse a batch that is not of images with a label"
+    if len(xb) != 1 or not len(yb):
+        raise ValueError('outlier exposure needs one input and a label, '
+                         f'this batch has {len(xb)} inputs and {len(yb)} labels')
+    x = xb[0]
+    if isinstance(x, Tensor) and x.ndim != 4:
+        raise ValueError('outlier exposure needs images, a tensor of shape (N, C, H, W); this learner trains on '
+                         f'{x.dtype} of shape {tuple(x.shape)}, such as words or tables are')
 
 # %% ../nbs/05_exposure.ipynb #5f0b3b80
 @patch
@@ -113,7 +251,8 @@ def _transformed(self:OutlierExposure, x, like):
     # grey images of a folder, which fastai would have opened in colour
     if x.shape[1] == 1: x = x.expand(-1, like.shape[1], -1, -1)
     if self.pixels.before:
-        with self.stream._private(): x = Pipeline(self.pixels.before, split_idx=0)((x,))[0]
+        steps = Pipeline(self.pixels.before, split_idx=self.pixels.split_idx)
+        with self.stream._private(): x = steps((x,))[0]
     if x.shape[1:] != like.shape[1:]:
         raise ValueError(f'outliers have shape {tuple(x.shape[1:])}, inliers {tuple(like.shape[1:])}: '
                          'bring the outliers to the channels and size of the inliers')
@@ -124,8 +263,8 @@ def _inputs(self:OutlierExposure, x):
     "What the model gets of the outliers `x`: normalised, and through what the pipeline does after that"
     x = self.pixels.encode(x)
     if not self.pixels.after: return x
-    with self.stream._private():
-        x = Pipeline(self.pixels.after, split_idx=0)((TensorImage(x),))[0]
+    steps = Pipeline(self.pixels.after, split_idx=self.pixels.split_idx)
+    with self.stream._private(): x = steps((TensorImage(x),))[0]
     return x.as_subclass(Tensor)
 
 # %% ../nbs/05_exposure.ipynb #5f0b3b82
@@ -137,12 +276,12 @@ def _precision(self:OutlierExposure):
     return mixed.autocast,1024. if mixed.amp_mode == AMPMode.FP16 else 1.
 
 @patch
-def _moved(self:OutlierExposure, attack, x, f):
-    "Pixels `x` after `attack` on `f` of what the model gives, in eval mode"
+def _moved(self:OutlierExposure, attack, x, f, whole=lambda x: x):
+    "Pixels `x` after `attack` on `f` of what the model gives for the `whole` images, in eval mode"
     cast,scale = self._precision()
     if self.gen is None: self.gen = torch.Generator(x.device).manual_seed(self.seed)
     def loss(x):
-        with cast: out = self.model(as_input(self.model, self.pixels.encode(x)))
+        with cast: out = self.model(as_input(self.model, self.pixels.encode(whole(x))))
         return steeper(self.model, scale*f(out))
     with eval_mode(self.model): return attack(x, loss, generator=self.gen)
 
@@ -160,19 +299,32 @@ def _moved_in(self:OutlierExposure, x):
     "The inliers of a batch, as the model gets them, after `attack_in` up their own loss"
     def wide(t): return t.float() if t.is_floating_point() else t
     def gain(out): return -self.learn.loss_func(each_tensor(out, wide), *self.yb)
-    pixels = self.pixels.decode(x.to(torch.promote_types(x.dtype, torch.float32)))
-    moved = self._moved(self.attack_in, pixels, gain)
-    return self.pixels.encode(moved).to(x.dtype)
+    wide_x = x.to(torch.promote_types(x.dtype, torch.float32))
+    pixels = self.pixels.unscaled(wide_x)
+    erased = self._erased(pixels)
+    def whole(p): return p if erased is None else torch.where(erased, pixels, p)
+    moved = self.pixels.decode(wide_x) if erased is None else pixels.clamp(0, 1)
+    moved = self._moved(self.attack_in, moved, gain, whole)
+    return self.pixels.encode(whole(moved)).to(x.dtype)
+
+@patch
+def _erased(self:OutlierExposure, pixels):
+    "Where `RandomErasing`, which fastai runs after `Normalize`, has put noise that no pixel can be; None without it"
+    after = self.pixels.after
+    if not after or not all(isinstance(o, RandomErasing) for o in after): return None
+    return (pixels < -1e-3) | (pixels > 1+1e-3)
 
 # %% ../nbs/05_exposure.ipynb #68e45675
 @patch
 def before_fit(self:OutlierExposure):
     "Go back to where `lr_find` began if one was interrupted, and refuse a second exposure"
     self._rewind()
+    self._take_schedules()
     self._begin()
     if sum(cb.name == self.name for cb in self.learn.cbs) > 1:
         raise ValueError('the learner has two OutlierExposure callbacks: '
                          'learn.expose replaces the first, add_cb does not')
+    if not any(isinstance(cb, _TrainingPass) for cb in self.learn.cbs): self.learn.add_cb(_TrainingPass())
     if hasattr(self.learn, 'lr_finder') and self.stream: self.before_lr_find = self.state_dict()
 
 @patch
@@ -195,9 +347,7 @@ def before_train(self:OutlierExposure):
 @patch
 def _checked_inliers(self:OutlierExposure):
     "The inliers of the batch, after a look at whether it has one input, a label, and images from 0 to 1"
-    if len(self.xb) != 1 or not len(self.yb):
-        raise ValueError('outlier exposure needs one input and a label, '
-                         f'this batch has {len(self.xb)} inputs and {len(self.yb)} labels')
+    self._check_batch(self.xb, self.yb)
     x = self.xb[0].as_subclass(Tensor)
     if self.first and not self.pixels.after: self.pixels.decode(x)
     self.first = False
@@ -208,11 +358,12 @@ def before_batch(self:OutlierExposure):
     "Put outliers, transformed and attacked, behind the inliers of the batch"
     self._undo()
     self.logits_out = None
-    if not self.lam and self.attack_in is None and self.bn != 'frozen': return
+    self._on_schedule()
+    if not self.draws and self.attack_in is None and self.bn != 'frozen': return
     x = self._checked_inliers()
     if self.attack_in is not None: x = self._moved_in(x)
     self.n = len(x)
-    if self.lam:
+    if self.draws:
         self._look_at_start()
         out = self.stream.draw(max(1, round(self.ratio*self.n)))
         out = self._transformed(out, x)
@@ -221,21 +372,32 @@ def before_batch(self:OutlierExposure):
         x = torch.cat([x, out])
     self.learn.xb = (x,)
     if self.bn_forward:
-        forward = partial(self.bn_forward, n=self.n, total=len(x), aux=self.aux)
-        self.off = replace_once(self.model, forward, len(x), look=not self.apart)
-        self.apart = True
+        self.pending = partial(self.bn_forward, n=self.n, total=len(x), aux=self.aux)
+
+@patch
+def _arm(self:OutlierExposure):
+    "Let BatchNorm tell inliers from outliers in the pass that comes now"
+    if not self.pending: return
+    self.off = replace_once(self.model, self.pending, self.pending.keywords['total'], look=not self.apart)
+    self.apart = True
+
+class _TrainingPass(Callback):
+    "Has the last word before the training pass, so that no other callback's pass is taken for it"
+    order = math.inf
+    run_valid = False
+    def before_batch(self):
+        if hasattr(self.learn, 'outlier_exposure'): self.learn.outlier_exposure._arm()
 
 # %% ../nbs/05_exposure.ipynb #68e45679
 @patch
 def after_pred(self:OutlierExposure):
     "Leave the inliers' logits to the learner, and keep the outliers'"
     self._undo()
-    if not self.lam: return
+    if not self.draws: return
     logits = get_logits(self.pred)
     total = len(self.xb[0])
-    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != total:
-        raise ValueError('outlier exposure needs a classification head, logits of shape (N, C) with C > 1; '
-                         f'this model gives {tuple(logits.shape)}')
+    self._check_shape(logits, total)
+    if not self.checked: self._check_head(logits[:self.n], self.yb[0], self.learn.loss_func)
     def inliers(t): return t[:self.n] if t.ndim and len(t) == total else t
     self.learn.pred = each_tensor(self.pred, inliers)
     if len(get_logits(self.pred)) != self.n:
@@ -258,19 +420,23 @@ def after_loss(self:OutlierExposure):
 # %% ../nbs/05_exposure.ipynb #68e45681
 class _Column(ValueMetric):
     "A number of the training epoch, beside the metrics of validation"
+    def __reduce__(self): return ValueMetric, (type(None), self.name) # exported amid training: an empty one
+
+def _is_column(o): return isinstance(o, _Column) or isinstance(o, ValueMetric) and o.func is type(None)
 
 @patch
 def _hide_columns(self:OutlierExposure):
-    self.learn.metrics = self.learn.metrics.filter(lambda o: not isinstance(o, _Column))
+    self.learn.metrics = self.learn.metrics.filter(lambda o: not _is_column(o))
 
 @patch
 def _show_columns(self:OutlierExposure):
     "Let the recorder ask for the means of the epoch, which begins"
     self.trained = True
-    self.seen = {name: [] for name in ('out_loss','energy_gap','moved')}
-    names = list(self.seen) if self.attack else ['out_loss','energy_gap']
+    names = ['out_loss','energy_gap','moved',*self.schedules]
+    self.seen = {name: [] for name in names}
+    if not self.attack: names.remove('moved')
     self._hide_columns()
-    if self.lam: self.learn.metrics = self.learn.metrics + [_Column(partial(self._mean, o), o) for o in names]
+    if self.draws: self.learn.metrics = self.learn.metrics + [_Column(partial(self._mean, o), o) for o in names]
 
 @patch
 def _begin(self:OutlierExposure):
@@ -290,9 +456,11 @@ def _mean(self:OutlierExposure, name):
 @patch
 def _note(self:OutlierExposure, term):
     "Keep the outliers' loss and the gap of the energies of this batch"
-    gap = energy(self.logits_out.detach()).mean() - energy(get_logits(self.pred).detach().float()).mean()
+    score = joint_energy if self.loss_out is _no_label else energy
+    gap = score(self.logits_out.detach()).mean() - score(get_logits(self.pred).detach().float()).mean()
     self.seen['out_loss'].append(term.detach())
     self.seen['energy_gap'].append(gap)
+    for name in self.schedules: self.seen[name].append(torch.as_tensor(getattr(self, name)).float().mean())
     if hasattr(self.learn, 'lr_finder'): self.learn.loss = self.loss_grad.clone()
 
 @patch
@@ -302,6 +470,62 @@ def _step_out(self:OutlierExposure, x):
     changed = (moved != x).flatten(1).any(1)
     self.seen['moved'].append(changed.float().mean())
     return moved
+
+# %% ../nbs/05_exposure.ipynb #05000006
+@patch(as_prop=True)
+def eps(self:OutlierExposure):
+    "The size of the attack on outliers now, None if there is none"
+    return getattr(self.attack, 'eps', None)
+
+@patch(as_prop=True)
+def draws(self:OutlierExposure):
+    "Whether the batches get outliers"
+    return bool(self.lam) or 'lam' in self.schedules
+
+@patch
+def _take_schedules(self:OutlierExposure):
+    "Take `lam` and `eps` from each `ParamScheduler`, which would look for them in the optimizer"
+    self._unschedule()
+    self.schedules = {}
+    for cb in self.learn.cbs:
+        if not isinstance(cb, ParamScheduler): continue
+        self._check_schedules(cb.scheds)
+        names = 'lam',*(['eps'] if self.eps is not None else [])
+        ours = vars(cb).get('of_exposure', {}) | {k: f for k,f in cb.scheds.items() if k in names}
+        cb.scheds = {k: f for k,f in cb.scheds.items() if k not in ours}
+        cb.of_exposure = ours # also for the next fit
+        self.schedules.update({k: (cb,f) for k,f in ours.items()})
+
+@patch
+def _check_schedules(self:OutlierExposure, scheds):
+    "Refuse a schedule of `eps` where neither an attack nor the optimizer has one"
+    if 'eps' not in scheds or self.eps is not None or self.learn.opt is None: return
+    if self.attack is None and 'eps' in self.learn.opt.hypers[0]: return # Adam's
+    raise ValueError('there is no attack whose eps a schedule could change: '
+                     'learn.expose(..., attack=FGSM(8/255)), or an attack of your own with an attribute eps')
+
+@patch
+def _on_schedule(self:OutlierExposure):
+    "Give `lam` and `eps` the values of this step"
+    if self.schedules and not self.given: self.given = self.lam,self.attack
+    for name,(_,f) in self.schedules.items():
+        value = f(self.pct_train)
+        if name == 'lam': self.lam = _number('lam', value, 0, 1e6)
+        else:
+            check_eps(value, getattr(self.attack, 'norm', 'linf'))
+            self.attack = copy(self.attack)
+            self.attack.eps = value
+
+@patch
+def _unschedule(self:OutlierExposure):
+    "Give `lam` and the attack back as they were given"
+    if self.given: self.lam,self.attack = self.given
+    self.given = None
+
+@patch
+def after_batch(self:OutlierExposure):
+    "Record what is on schedule where the recorder has the schedules of the optimizer"
+    for name,(cb,_) in self.schedules.items(): cb.hps.setdefault(name, []).append(getattr(self, name))
 
 # %% ../nbs/05_exposure.ipynb #68e45685
 def _n_images(dl):
@@ -341,6 +565,7 @@ def _undo(self:OutlierExposure):
     "Call off a pending replacement of BatchNorm"
     if self.off: self.off()
     self.off = None
+    self.pending = None
 
 @patch
 def _rewind(self:OutlierExposure):
@@ -360,6 +585,7 @@ def after_fit(self:OutlierExposure):
     self.logits_out = None
     self._hide_columns()
     self._rewind()
+    self._unschedule()
 
 @patch
 def state_dict(self:OutlierExposure):
@@ -381,15 +607,44 @@ def load_state_dict(self:OutlierExposure, sd):
         self.gen.set_state(sd['gen'])
 
 # %% ../nbs/05_exposure.ipynb #f2991b03
-_not_exported = 'stream','gen','aux','off','logits_out','pixels','before_lr_find'
+_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending'
+_empty_in_exports = 'aux','schedules','seen'
 
 @patch
 def __getstate__(self:OutlierExposure):
-    return {k: v for k,v in self.__dict__.items() if k not in _not_exported}
+    left_out = _not_exported + _empty_in_exports
+    return {k: v for k,v in self.__dict__.items() if k not in left_out}
 
 @patch
 def __setstate__(self:OutlierExposure, d):
-    self.__dict__.update(d, stream=None, gen=None, aux={}, off=None, logits_out=None, before_lr_find=None)
+    if 'kept' in d:
+        kept = torch.load(io.BytesIO(d['kept']), map_location='cpu', weights_only=False)
+        d = kept | dict(learn=d['learn'])
+    self.__dict__.update({k: None for k in _not_exported})
+    self.__dict__.update({k: {} for k in _empty_in_exports})
+    self.__dict__.update(d)
+
+class _Room:
+    "In a pickle: this room, or None where the library is not installed"
+    def __reduce__(self): return locate, ('aoe_nb.exposure',)
+
+class _Maker:
+    "In a pickle: what is called `name` in this room, or fastai's `Callback` where the library is not installed"
+    def __init__(self, name): self.name = name
+    def __call__(self): return globals()[self.name]()
+    def __reduce__(self): return getattr, (_Room(),self.name,Callback)
+
+def _blank(): return OutlierExposure.__new__(OutlierExposure)
+
+@patch
+def __reduce__(self:OutlierExposure):
+    # the settings as bytes, which nobody has to understand who only predicts
+    settings = io.BytesIO()
+    torch.save({k: v for k,v in self.__getstate__().items() if k != 'learn'}, settings, pickle_module=cloudpickle)
+    return _Maker('_blank'),(),dict(learn=self.learn, kept=settings.getvalue())
+
+@patch
+def __reduce__(self:_TrainingPass): return _Maker('_TrainingPass'),(),dict(learn=self.learn)
 
 @patch
 def __deepcopy__(self:OutlierExposure, memo):

@@ -257,6 +257,13 @@ def new_empty(self:Images):
     return res
 
 # %% ../nbs/14_loaders.ipynb #58e5047f
+def _why_outside(pixels):
+    "What may have taken images out of their range, and what to do"
+    names = ', '.join(type(o).__name__ for o in pixels.after)
+    if names: return f'{names} may have done it after Normalize: give it an `order` below 99, before Normalize'
+    return ("no fastai Normalize in the pipeline accounts for it: normalise with fastai's Normalize in batch_tfms, "
+            'or inside the model')
+
 class Pixels:
     "From [0,1] images to a model's inputs and back, by the `Normalize` of a `DataLoader`, if it has one"
     def __init__(self, dl):
@@ -268,6 +275,8 @@ class Pixels:
         i = steps.index(self.norm) if found else len(steps)
         self.before = steps[:i] # transforms of pixels
         self.after = steps[i+1:] # transforms of normalised inputs
+        # training transforms run where this is 0, and nowhere if the data set has no split
+        self.split_idx = getattr(getattr(dl, 'dataset', None), 'split_idx', None)
 
     def stats(self, x):
         "The mean and the standard deviation, where `x` is and in its precision"
@@ -280,17 +289,19 @@ class Pixels:
         mean,std = self.stats(x)
         return (x-mean)/std
 
+    def unscaled(self, x):
+        "From inputs to pixels, whatever their range"
+        x = x.as_subclass(Tensor)
+        if self.norm is None: return x
+        mean,std = self.stats(x)
+        return x*std+mean
+
     def decode(self, x):
         "From inputs to pixels, rounding errors at the borders cut off"
-        x = x.as_subclass(Tensor)
-        if self.norm is not None:
-            mean,std = self.stats(x)
-            x = x*std+mean
+        x = self.unscaled(x)
         lo,hi = x.aminmax() if x.numel() else (0,1)
         if lo < -1e-3 or hi > 1+1e-3:
-            raise ValueError(f'the images span [{lo:.2f}, {hi:.2f}], not [0, 1], and no fastai Normalize in the '
-                             "pipeline accounts for it: normalise with fastai's Normalize in batch_tfms, "
-                             'or inside the model')
+            raise ValueError(f'the images span [{lo:.2f}, {hi:.2f}], not [0, 1], and {_why_outside(self)}')
         return x.clamp(0, 1)
 
 # %% ../nbs/14_loaders.ipynb #14a00037
@@ -369,7 +380,7 @@ class _Repeated(TfmdDL):
 def _through(dls, items, train, labels=None):
     "A loader of `items` through the learner's own transforms of single images; None if it has none"
     dl = dls.train if train else dls.valid
-    ds = _item_pipeline(dl.dataset, items, 0 if train else 1)
+    ds = _item_pipeline(dl.dataset, items, getattr(dl.dataset, 'split_idx', 0) if train else 1)
     if ds is None: return None
     if labels is not None: ds = Datasets(tls=[*ds.tls, TfmdLists(list(torch.tensor(labels)), [])])
     if not train: return dl.new(ds, shuffle=False, drop_last=False)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'openood_cifar100_stats', 'published', 'small_cnn', 'PixelNorm',
-           'with_stats', 'get_logits', 'each_tensor', 'precision', 'as_input', 'steeper', 'resnet20', 'resnet32',
-           'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'resnet18_32x32', 'mnist_convnet', 'weights_file',
+           'with_stats', 'get_logits', 'each_tensor', 'past_softmax', 'precision', 'as_input', 'steeper', 'resnet20',
+           'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'resnet18_32x32', 'mnist_convnet', 'weights_file',
            'save_weights', 'check_weights', 'read_weights', 'load_weights']
 
 # %% ../nbs/10_models.ipynb #f8c10327
@@ -76,6 +76,18 @@ def each_tensor(out, f):
     res = copy(out)
     vars(res).update({k: each_tensor(v, f) for k,v in vars(out).items()})
     return res
+
+# %% ../nbs/10_models.ipynb #10a00032
+def past_softmax(
+    out:Tensor, # (N,C) from a network
+)->str: # 'Softmax', 'LogSoftmax', or nothing
+    "The kind of softmax that the rows of `out` have been through; two rows at least are needed to say so"
+    if out.ndim != 2 or len(out) < 2 or out.shape[1] < 2: return ''
+    tol = 2e-2 if out.dtype in (torch.float16,torch.bfloat16) else 1e-4
+    out = out.detach().float()
+    if (out.logsumexp(1).abs() < tol).all(): return 'LogSoftmax'
+    sums_to_one = ((out.sum(1)-1).abs() < tol).all()
+    return 'Softmax' if sums_to_one and (out >= 0).all() else ''
 
 # %% ../nbs/10_models.ipynb #10a00005
 def precision(model):
