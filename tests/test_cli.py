@@ -1,4 +1,4 @@
-"The six commands as programs: quick with --help and with what is wrong, polite at Ctrl-C, right on a user's folders."
+"The seven commands as programs: quick with --help and with what is wrong, polite at Ctrl-C, right on a user's folders."
 
 import os, signal, subprocess, sys, time
 from configparser import ConfigParser
@@ -8,7 +8,7 @@ import numpy as np, pytest
 from PIL import Image
 from aoe_nb import cli
 
-COMMANDS = 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_audit', 'aoe_detect'
+COMMANDS = 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_audit', 'aoe_detect', 'aoe_bench'
 SUBJECTS = dict.fromkeys(COMMANDS, 1) | dict(aoe_detect=2)  # what may be given without a name
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), COLUMNS='100')
@@ -97,6 +97,14 @@ REFUSED = [
     ('aoe_detect', '/proc/version /proc/version --out /proc/x/x.html', 'choose another output folder'),
     ('aoe_detect', 'a b --model c', 'not allowed'),
     ('aoe_detect', 'a b --n many', "invalid int value: 'many'"),
+    ('aoe_bench', '', 'give checkpoints'),
+    ('aoe_bench', 's0.ckpt', 'there is no file s0.ckpt'),
+    ('aoe_bench', '.', 'has no s0/best.ckpt'),
+    ('aoe_bench', '/proc/version --id cifar', "unknown benchmark 'cifar': choose from cifar10"),
+    ('aoe_bench', '/proc/version --arch vit', "unknown network 'vit'"),
+    ('aoe_bench', '/proc/version --eps 300', 'eps must lie in [0, 255]'),
+    ('aoe_bench', '/proc/version --attacked none', "unknown side 'none'"),
+    ('aoe_bench', '/proc/version --root nowhere', 'there are no lists in nowhere/benchmark_imglist/cifar10'),
 ]
 
 
@@ -114,6 +122,10 @@ def test_ctrl_c_is_polite(name, wait, tmp_path):
     if name == 'aoe_detect':
         args = ['export.pkl'] * 2  # while it imports; while it works: tests/test_sheet.py
         (tmp_path / args[0]).touch()
+    if name == 'aoe_bench':
+        args = ['s0.ckpt', '--root', tmp_path]
+        (tmp_path / args[0]).touch()
+        (tmp_path / 'benchmark_imglist/cifar10').mkdir(parents=True)
     p = started(name, *args, cwd=tmp_path)
     time.sleep(wait)
     p.send_signal(signal.SIGINT)

@@ -47,6 +47,19 @@ print(claims('results').to_json(orient='index'))
 """
 
 
+PAINT = """
+import torch
+from pathlib import Path
+from aoe_nb.all import outliers
+from aoe_nb.models import weights_file
+x = outliers('gan-cifar10')
+print(x)
+assert 100 < x.x.float().mean() < 140
+assert torch.equal(outliers('gan-cifar10').x, x.x) # from the disk
+assert 'site-packages' in str(weights_file('gan-tiny-cifar100-s0.pt'))
+"""
+
+
 def lists():
     "What the library needs, and the names that only the tools hold back"
     settings = ConfigParser()
@@ -110,6 +123,7 @@ def build_wheel(folder):
     for name in 'settings.ini', 'setup.py', 'README.md', 'LICENSE':
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / 'aoe_nb', source / 'aoe_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT / 'weights', source / 'weights')
     sh(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', folder, source)
     return next(folder.glob('aoe_nb-*.whl'))
 
@@ -131,6 +145,14 @@ def test_wheel_with_newest_fastai(installed, tmp_path):
     version = out.split('fastai ')[1].split()[0]
     assert tuple(map(int, version.split('.'))) >= (2, 8, 12), out
     assert (installed / 'aoe_demo').exists()
+
+
+def test_outliers_of_a_generator_without_a_checkout(installed, tmp_path):
+    "The wheel is small enough to bring two generators along"
+    out = sh(installed / 'python', '-c', PAINT, cwd=tmp_path, home=tmp_path)
+    assert 'gan-cifar10: 25,000 images of 3x32x32' in out
+    wheel = next(tmp_path.parent.glob('wheel*/aoe_nb-*.whl'))
+    assert wheel.stat().st_size < 8e6
 
 
 @pytest.mark.skipif(not find_spec('aoe_nb.study'), reason='no aoe_nb.study yet')

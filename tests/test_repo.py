@@ -109,11 +109,11 @@ lease
 energy attack metrics plots record device conformal drift distributed
 batchnorm sources methods models cache cluster
 images
-loaders drawn
+loaders drawn painted
 data
 stream
 evaluation
-peers audit exposure detector
+peers audit exposure detector openood
 generate graph
 sheet
 demo
