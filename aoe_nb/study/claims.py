@@ -8,9 +8,10 @@ __all__ = ['rule_experiments', 'runs_of', 'complete', 'start_reports', 'gains', 
            'claims', 'claim_line', 'curve_gains', 'reached', 'holds']
 
 # %% ../../nbs/study/05_claims.ipynb #5115c583
-import json, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 from pathlib import Path
 from ..metrics import compare_reports, metric_names, report_means
+from ..record import read_result
 from .protocol import cells_of, chosen, claim_texts, diverged_means, exposures, inlier_names
 from .protocol import curve_plans, masking, protocol, rules, starts, wanted
 from scipy import stats
@@ -18,7 +19,7 @@ from scipy import stats
 # %% ../../nbs/study/05_claims.ipynb #51152cab
 def _read(folder, id):
     "The results of one set of inliers in a folder"
-    return [json.loads(f.read_text()) for f in sorted(Path(folder).glob(f'*-{id}-*.json'))]
+    return [read_result(f) for f in sorted(Path(folder).glob(f'*-{id}-*.json'))]
 
 def _is_of(result, cell):
     "Whether `result` is that of `cell`, whose unknown checksums say nothing"

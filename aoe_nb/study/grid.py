@@ -117,6 +117,17 @@ def listing(
     return '\n'.join(rows)
 
 # %% ../../nbs/study/04_grid.ipynb #35d7430b
+def _train_whole(config, out, redo, wait):
+    "Train a start; its checkpoint goes when the result is written, so that no kill in between loses the training"
+    checkpoints = []
+    def train(config, path):
+        fields = train_start(config, path)
+        checkpoints.append(path.with_suffix('.pth'))
+        return fields
+    result = run(config, train, out, redo, check_start, wait)
+    for checkpoint in checkpoints: checkpoint.unlink(missing_ok=True)
+    return result
+
 def run_cell(
     config:dict, # from `cells`
     out='results', # folder of results; None: write nothing
@@ -124,9 +135,8 @@ def run_cell(
     wait:bool=True, # for a process that is at it, and read its result; else raise `Taken`
 )->dict: # the result, as in the JSON
     "Run one cell, or read its result if that is there"
-    start = config['experiment'] == 'starts'
-    work,check = (train_start,check_start) if start else (tune_and_measure,check_tune)
-    return run(config, work, out, redo, check, wait)
+    if config['experiment'] == 'starts': return _train_whole(config, out, redo, wait)
+    return run(config, tune_and_measure, out, redo, check_tune, wait)
 
 # %% ../../nbs/study/04_grid.ipynb #35d7d8ad
 def lacks(

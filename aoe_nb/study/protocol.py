@@ -14,6 +14,7 @@ import pandas as pd
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
+from ..record import read_result
 try: import tomllib
 except ImportError: import tomli as tomllib # before Python 3.11
 
@@ -76,7 +77,7 @@ def chosen(
     "What the search chose: settings, the floor of accuracy, its trials, checksums, the best recipe and the one taken"
     path = Path(source)/'chosen.json'
     if not path.exists(): return {}
-    res = json.loads(path.read_text())
+    res = read_result(path)
     for entry in res.values():
         for key in 'best','taken': # the best is empty if no recipe kept its accuracy, both None before all are measured
             if entry[key] is not None: entry[key] = tuple(entry[key])

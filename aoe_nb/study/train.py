@@ -134,7 +134,7 @@ def _fit_start(config, ckpt):
 # %% ../../nbs/study/01_train.ipynb #1bd3b988
 def train_start(
     config:dict, # like `start_config`
-    path, # of the result; the checkpoint lies beside it while training lasts
+    path, # of the result; the checkpoint lies beside it until that is written
 )->dict: # fields of the JSON
     "Train a start, keep its weights in `weights/`, and say how accurate it is on the whole test set"
     if path is None: raise ValueError('a start takes long and is kept: give run a folder, out=')
@@ -144,7 +144,6 @@ def train_start(
     acc = float((logits_of(learn.model, test).argmax(1) == test.y).float().mean())
     name = start_name(config['id'], f's{config["seed"]}', config['model'])
     save_weights(learn.model, Path('weights')/f'{name}.pt', config=config, id_acc=acc)
-    ckpt.path.with_suffix('.pth').unlink()
     return dict(id_acc=acc, log=ckpt.log, ood=[])
 
 # %% ../../nbs/study/01_train.ipynb #1bd33ebd
