@@ -7,8 +7,10 @@ __all__ = ['sources', 'data_home', 'fit', 'is_image', 'image_files', 'read_image
            'centred', 'read_file', 'cached', 'Source', 'sources_table', 'on_disk', 'load']
 
 # %% ../nbs/13_sources.ipynb #0bc68e57
-import csv, hashlib, os, re, torch, warnings, zipfile, zlib, numpy as np, pandas as pd
+import csv, hashlib, math, os, re, torch, warnings, zipfile, numpy as np, pandas as pd
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -62,6 +64,12 @@ def _in_8_bits(im):
     if im.mode in _converted: return im.convert('L' if im.mode == '1' else 'RGB')
     raise ValueError(f'its pixels are of the kind {im.mode}: save it in grey or RGB with 8 bits')
 
+def _check_long(im, size):
+    "Refuse a strip so long that it would fill the memory once its short side has `size` pixels"
+    most = Image.MAX_IMAGE_PIXELS or math.inf # what Pillow takes for an attack
+    if size*size*max(im.size) > most*min(im.size):
+        raise ValueError(f'it has {im.width} by {im.height} pixels, and its short side cannot become {size}: cut it')
+
 # %% ../nbs/13_sources.ipynb #13a00005
 def fit(
     im, # PIL image
@@ -70,6 +78,7 @@ def fit(
     "The image as an array: short side to `size` (bicubic), then the centre"
     im = _in_8_bits(im)
     if size and im.size != (size,size):
+        _check_long(im, size)
         scale = size/min(im.size)
         im = im.resize([max(size, round(side*scale)) for side in im.size], Image.BICUBIC)
         left,top = ((side-size)//2 for side in im.size)
@@ -89,6 +98,7 @@ def _suffixes():
 
 def _opens(path):
     "Whether Pillow knows what is in a file"
+    if not Path(path).is_file(): return False # a pipe would let us wait
     try:
         with Image.open(path): return True
     except Exception: return False # it raises a dozen kinds
@@ -99,9 +109,14 @@ def _is_loop(place, folder):
     for part in place.relative_to(folder).parts: way.append(way[-1]/part)
     return len({o.resolve() for o in way}) < len(way)
 
-def _walk(folder):
-    "All files below `folder` but hidden ones, each link followed once"
+def _walk(folder, most=100):
+    "All files below `folder` but hidden ones; links may lead to a place several times, but not without an end"
+    visits = Counter()
     for place,folders,names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        visits[real] += 1
+        if visits[real] > most:
+            raise ValueError(f'links below {folder} lead to {real} in more than {most} ways: remove them')
         folders[:] = [o for o in folders if not o.startswith('.') and not _is_loop(Path(place)/o, folder)]
         yield from (Path(place)/name for name in names if not name.startswith('.'))
 
@@ -117,6 +132,10 @@ def image_files(
     suffixes = _suffixes()
     paths = [path for path in _walk(Path(folder)) if is_image(path, suffixes)]
     if not paths: raise ValueError(f'no images below {folder}: give a folder of .png, .jpg or other image files')
+    odd = [path for path in paths if not path.is_file()]
+    if odd:
+        raise ValueError(f'{len(odd)} of {len(paths)} images cannot be read: {odd[0]} leads to nothing, '
+                         'or is a pipe or a device: remove it')
     def key(path):
         number = re.match(r'\d+', path.stem)
         return int(number[0]) if number else -1, str(path)
@@ -182,8 +201,17 @@ _roots = 'images_classic','images_largescale'
 def _split_line(line, path):
     "Path and label of a line, split at the first space as OpenOOD does"
     name,_,label = line.strip().partition(' ')
-    try: return name,int(label)
-    except ValueError: raise ValueError(f'{path} has a line without a label: {line.strip()!r}') from None
+    if Path(name).is_absolute() or '..' in Path(name).parts:
+        raise ValueError(f'{path} names a file that lies elsewhere: {line.strip()[:120]!r}')
+    with suppress(ValueError):
+        if abs(int(label)) < 2**31: return name,int(label)
+    raise ValueError(f'{path} has a line without a label: {line.strip()[:120]!r}')
+
+def _lines(path):
+    "The lines of a list that have something in them"
+    try: lines = path.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError: raise ValueError(f'{path} is no list of images: it holds no text in UTF-8') from None
+    return [line for line in lines if line.strip()]
 
 def read_list(
     path, # ROOT/benchmark_imglist/ID/LIST.txt
@@ -191,14 +219,13 @@ def read_list(
     "The images of one of OpenOOD's lists, all of them there"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'there is no list {path}: fetch benchmark_imglist of OpenOOD')
-    lines = path.read_text(encoding='utf-8').splitlines()
-    listed = [_split_line(line, path) for line in lines if line.strip()]
+    listed = [_split_line(line, path) for line in _lines(path)]
     if not listed: raise ValueError(f'{path} lists no image')
     root = path.parent.parent.parent
     places = [root/o for o in _roots]
-    there = next((o for o in places if (o/listed[0][0]).exists()), places[0])
+    there = next((o for o in places if os.path.exists(o/listed[0][0])), places[0])
     files = [there/name for name,_ in listed]
-    missing = [file for file in files if not file.exists()]
+    missing = [file for file in files if not os.path.exists(file)] # which, unlike `Path.exists`, never raises
     if missing:
         what = ', '.join(sorted({file.relative_to(there).parts[0] for file in missing}))
         raise FileNotFoundError(f'{len(missing):,} of {len(files):,} images of {path.name} are missing, such as '
@@ -214,18 +241,81 @@ def centred(
     "The image as OpenOOD sees it: RGB, short side bilinear, centre"
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, resize
+    _check_long(im, short or size)
     im = resize(im.convert('RGB'), short or size, InterpolationMode.BILINEAR)
     return np.asarray(center_crop(im, size)).transpose(2,0,1)
 
 # %% ../nbs/13_sources.ipynb #13a00036
+def _memory():
+    "Bytes that there are for an array: what Linux can still give, within the limit of a container"
+    sizes = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):
+        sizes.append(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'))
+    with suppress(OSError, TypeError):
+        available = re.search(r'MemAvailable: +(\d+)', Path('/proc/meminfo').read_text())
+        sizes.append(1024*int(available[1]))
+    with suppress(OSError, ValueError): sizes.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    return min(sizes)
+
+def _check_size(need):
+    "Refuse what takes more memory than there is"
+    if need <= _memory(): return
+    raise ValueError(f'it unpacks to {need/1e9:,.1f} GB and {_memory()/1e9:,.1f} GB are free: '
+                     'an .npy stays on the disk')
+
+def _declared(f):
+    "The bytes that an array takes, by what the open .npy says in front of it"
+    fmt = np.lib.format
+    read_header = fmt.read_array_header_1_0 if fmt.read_magic(f) == (1,0) else fmt.read_array_header_2_0
+    shape,_,dtype = read_header(f)
+    return math.prod(shape)*dtype.itemsize
+
+def _from_npz(path):
+    "The array `x`, or else the first"
+    with np.load(path, allow_pickle=False) as f:
+        name = 'x' if 'x' in f else f.files[0]
+        member = name if name in f.zip.namelist() else f'{name}.npy'
+        _check_size(f.zip.getinfo(member).file_size)
+        with f.zip.open(member) as o: _check_size(_declared(o))
+        return f[name]
+
+def _from_pt(path):
+    "The tensor of a file that may hold nothing else"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as f: _check_size(sum(o.file_size for o in f.infolist()))
+    x = torch.load(path, map_location='cpu', weights_only=True)
+    if not isinstance(x, torch.Tensor): raise ValueError(f'it holds a {type(x).__name__}, not a tensor')
+    if x.layout != torch.strided or x.device.type != 'cpu': raise ValueError('it holds no ordinary tensor')
+    _check_size(x.numel()*x.element_size()) # one number may stand for many
+    return x.detach()
+
 def _images_in(path):
     "The array or tensor of images in an .npz, .npy or .pt file"
-    if path.suffix == '.npy': return np.load(path, mmap_mode='c', allow_pickle=False)
-    if path.suffix == '.npz':
-        with np.load(path, allow_pickle=False) as f: return f['x' if 'x' in f else f.files[0]]
-    x = torch.load(path, map_location='cpu', weights_only=True)
-    if isinstance(x, torch.Tensor): return x
-    raise ValueError(f'it holds a {type(x).__name__}, not a tensor')
+    if path.exists() and not path.is_file(): raise ValueError('it is a folder, a pipe or a device')
+    if path.suffix == '.npz': return _from_npz(path)
+    if path.suffix != '.npy': return _from_pt(path)
+    x = np.load(path, mmap_mode='c', allow_pickle=False)
+    if isinstance(x, np.ndarray): return x
+    raise ValueError('it holds several arrays: call it .npz')
+
+# %% ../nbs/13_sources.ipynb #13h00001
+_pixels = 'uint8','float16','bfloat16','float32','float64'
+
+def _check_pixels(x, path):
+    "Refuse an array that holds no images; of one on the disk a thousand are looked at"
+    name = f'the outliers in {path}'
+    kind = str(x.dtype).removeprefix('torch.')
+    if kind not in _pixels:
+        raise TypeError(f'{name} have dtype {x.dtype}: give uint8 in 0..255 or floating point in [0,1]')
+    grey = x.ndim == 3 and not {x.shape[0],x.shape[2]} & {1,3} # else it may be one image
+    if x.ndim != 4 and not grey: raise ValueError(f'{name} must have shape (N,C,H,W), these have {tuple(x.shape)}')
+    if kind == 'uint8' or 0 in x.shape: return
+    some = x[:1000] if isinstance(x, np.memmap) else x
+    lo = float(some.min())
+    hi = float(some.max())
+    if not (lo >= -1e-3 and hi <= 1+1e-3): # not a number is refused too
+        raise ValueError(f'{name} span [{lo:.3g}, {hi:.3g}], not [0,1]: '
+                         'divide 0..255 by 255, and leave normalisation to the learner')
 
 def read_file(
     path, # of an .npz, .npy or .pt file
@@ -234,11 +324,13 @@ def read_file(
     path = Path(path)
     if path.suffix not in ('.npy','.npz','.pt','.pth'):
         raise ValueError(f'cannot read {path}: outliers come as a folder of images or as .npz, .npy or .pt')
-    try: return _images_in(path)
-    except Exception as e:
-        why = str(e).splitlines()[0][:120]
+    try: x = _images_in(path)
+    except Exception as e: # NumPy and PyTorch raise a dozen kinds, some of them without a word
+        why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise ValueError(f'cannot read outliers from {path} ({why}): '
                          'save one uint8 array of shape (N,3,H,W), without pickles') from None
+    _check_pixels(x, path)
+    return x
 
 # %% ../nbs/13_sources.ipynb #13a00013
 def cached(
@@ -251,7 +343,7 @@ def cached(
         with np.load(path, allow_pickle=False) as f:
             return f['x'],f['y'] if 'y' in f else None,f['classes'].tolist()
     except FileNotFoundError: pass
-    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, ValueError, EOFError):
+    except Exception: # what a changed byte leads to has no one name
         print(f'{path.name} is damaged and is made again')
     x,y,classes = make()
     arrays = dict(x=x, classes=np.array(classes or [], dtype=str))

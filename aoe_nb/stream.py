@@ -51,6 +51,7 @@ class OutlierStream:
         self.pos = 0 # and how many of them are used up
         self.batches = None # of a loader: its iterator
         self.seeds = [] # and those of the batches that it gave in this pass
+        self.asked = 0 # how many it was asked for, those that failed among them
         self.left = None # and what the last draw left of a batch
         self.behind = None # a state that it has yet to reach
 
@@ -144,14 +145,25 @@ def set_loader_state(dl, state):
 def _next(self:OutlierStream, seed):
     "The next batch of a loader under the random numbers of `seed`, from the top when it has run dry; None: it is empty"
     with no_random(seed):
-        b = None if self.batches is None else next(self.batches, None)
+        b = None if self.batches is None else self._ask()
         if b is None:
             self.seeds = []
+            self.asked = 0
             self.before = loader_state(self.source)
             self.batches = iter(self.source)
-            b = next(self.batches, None)
+            b = self._ask()
     self.seeds.append(seed)
     return b
+
+@patch
+def _ask(self:OutlierStream):
+    "What the loader gives next, None at its end, or an error that says which batch of the pass it could not give"
+    self.asked += 1
+    try: return next(self.batches, None)
+    except Exception as e:
+        kind = next((o for o in (ValueError,TypeError,OSError) if isinstance(e, o)), RuntimeError)
+        raise kind(f'the loader of outliers failed at batch {self.asked} of its pass '
+                   f'({type(e).__name__}: {e})') from e
 
 @patch
 def _loaded(self:OutlierStream):
@@ -171,6 +183,7 @@ def _catch_up(self:OutlierStream):
     self.behind = None
     set_loader_state(self.source, was['before'])
     for seed in was['seeds']: b = self._next(seed)
+    if not was['left']: return
     x = _of_source(self.source, _no_labels(b, self.own))
     self.left = x[len(x)-was['left']:]
 
@@ -179,16 +192,23 @@ def _catch_up(self:OutlierStream):
 def draw(self:OutlierStream, n):
     "The next `n` outliers, float in [0,1] of shape (n,C,H,W)"
     if isinstance(self.source, Tensor): return as_pixels(self.source[self._indexed(n)])
-    if isinstance(self.source, np.ndarray): return as_pixels(self.source[self._indexed(n).numpy()])
+    if isinstance(self.source, np.ndarray): return as_pixels(self.source[self._indexed(n).numpy()], self._called())
     if isinstance(self.source, Rows): return self._rows(n)
     if callable(self.source): return self._made(n*self.world)
     self._catch_up()
     n = n*self.world
     got = [] if self.left is None else [self.left]
+    self.left = None # lost with this step if the loader fails
     while sum(map(len, got)) < n: got.append(_of_source(self.source, self._loaded()))
     x = torch.cat(got)
     self.left = x[n:]
     return self._mine(x[:n])
+
+@patch
+def _called(self:OutlierStream):
+    "What errors call the outliers: an array on the disk goes by its file"
+    file = getattr(self.source, 'filename', None)
+    return f'the outliers in {file}' if file else 'the outliers'
 
 @patch
 def _made(self:OutlierStream, n):
@@ -204,7 +224,8 @@ def _made(self:OutlierStream, n):
 def state_dict(self:OutlierStream):
     "Where the stream is"
     loader = self.behind
-    if self.seeds: loader = dict(seeds=[*self.seeds], left=len(self.left), before=self.before)
+    left = 0 if self.left is None else len(self.left)
+    if self.seeds: loader = dict(seeds=[*self.seeds], left=left, before=self.before)
     return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos, loader=loader)
 
 @patch
