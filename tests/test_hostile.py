@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,7 @@ def test_the_failing_batch_is_counted_and_the_state_can_be_kept():
     with pytest.raises(RuntimeError, match='batch 3 of its pass'):
         stream.draw(30)
 
+
 @pytest.mark.parametrize('error', [ValueError, TypeError, OSError])
 def test_who_catches_an_error_of_a_loader_still_does(error):
     stream = OutlierStream(DataLoader(Raising(error), batch_size=10))
@@ -484,17 +486,23 @@ VALID = {
 }
 
 
+PLACE = st.integers(0, 10**6)
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just('set'), PLACE, st.binary(min_size=1, max_size=4)),
+        st.tuples(st.just('insert'), PLACE, st.binary(min_size=1, max_size=8)),
+        st.tuples(st.just('drop'), PLACE, st.integers(1, 64)),
+        st.tuples(st.just('cut'), PLACE, st.none()),
+        st.tuples(st.just('digits'), PLACE, st.sampled_from([b'9' * 12, b'-1', b'0', b'9' * 40])),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
 def mutations(valid):
     "Bytes that are nearly one of the `valid` ones"
-    place = st.integers(0, 10**6)
-    change = st.one_of(
-        st.tuples(st.just('set'), place, st.binary(min_size=1, max_size=4)),
-        st.tuples(st.just('insert'), place, st.binary(min_size=1, max_size=8)),
-        st.tuples(st.just('drop'), place, st.integers(1, 64)),
-        st.tuples(st.just('cut'), place, st.none()),
-        st.tuples(st.just('digits'), place, st.sampled_from([b'9' * 12, b'-1', b'0', b'9' * 40])),
-    )
-    return st.builds(mutated, st.sampled_from(valid), st.lists(change, min_size=1, max_size=4))
+    return st.builds(mutated, st.sampled_from(valid), CHANGES)
 
 
 def mutated(data, changes):
@@ -514,9 +522,40 @@ def mutated(data, changes):
     return data
 
 
+def in_archive(data, changes):
+    "The archive `data` with a change in each member, whose checksums are right"
+    f = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(f, 'w') as new:
+        for o in old.infolist():
+            new.writestr(o.filename, mutated(old.read(o), changes), o.compress_type)
+    return f.getvalue()
+
+
+def in_chunks(data, changes):
+    "The PNG `data` with a change in each chunk, whose checksums are right"
+    res = data[:8]
+    i = 8
+    while i < len(data):
+        size = int.from_bytes(data[i : i + 4], 'big')
+        chunk = mutated(data[i + 8 : i + 8 + size], changes)
+        kind = data[i + 4 : i + 8]
+        res += struct.pack('>I', len(chunk)) + kind + chunk + struct.pack('>I', zlib.crc32(kind + chunk))
+        i += size + 12
+    return res
+
+
+def with_checksums(suffix):
+    "Bytes that nothing but their content is wrong with, where a format has checksums"
+    zips = [o for o in VALID[suffix] if o[:2] == b'PK']
+    if zips:
+        return st.builds(in_archive, st.sampled_from(zips), CHANGES)
+    return st.builds(in_chunks, st.just(PNG), CHANGES) if suffix == '.png' else st.nothing()
+
+
 def contents(suffix):
     magic = st.sampled_from([o[:10] for o in VALID[suffix]])
     return st.one_of(
+        with_checksums(suffix),
         mutations(VALID[suffix]),
         mutations(sum(VALID.values(), [])),
         st.binary(max_size=300),
