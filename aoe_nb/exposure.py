@@ -6,12 +6,11 @@
 __all__ = ['OutlierExposure']
 
 # %% ../nbs/05_exposure.ipynb #d8e0d17b
-import cloudpickle, io, math, numpy as np, torch, torch.nn.functional as F, warnings
+import cloudpickle, io, math, torch, torch.nn.functional as F, warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
-from pathlib import Path
 from pydoc import locate
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,18 +20,18 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import TfmdDL
-from fastai.data.load import DataLoader
-from fastai.learner import Learner, ValueMetric, join_path_file
-from fastai.torch_core import TensorImage, get_random_states, no_random, rank_distrib, set_random_states, to_device
+from fastai.learner import Learner, ValueMetric
+from fastai.torch_core import TensorImage, no_random, to_device
 from fastai.vision.augment import RandomErasing
 from .attack import check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
-from .distributed import bare, part_of, same_buffers, whole
+from .distributed import bare, part_of, same_buffers
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
+from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, past_softmax, steeper
-from .record import write_whole
-from .stream import OutlierStream, given, loader_state, set_loader_state
+from .resumption import Door, random_now, set_random
+from .stream import OutlierStream, given
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -124,56 +123,11 @@ def unexpose(self:Learner):
         if isinstance(cb, _TrainingPass): self.remove_cb(cb)
     return self
 
-# %% ../nbs/05_exposure.ipynb #05000002
-_several = 'bce','binary','multilabel' # in the names of losses for several labels an image
-_of_numbers = 'mse','l1','huber','gaussiannll','poissonnll' # and of those for regression
-
-def _inner(f):
-    "The loss behind a `partial`, or behind fastai's and MixUp's wrappers"
-    f = getattr(getattr(f, '__self__', None), 'old_lf', f)
-    return getattr(f, 'func', f)
-
-def _loss_name(f):
-    "What a loss is called"
-    f = _inner(f)
-    return getattr(f, '__name__', type(f).__name__)
-
-def _task(
-    y, # labels of some images
-    logits, # of the same
-    loss, # that the learner trains with
-)->str: # 'classes', 'labels' where an image has several, or 'numbers'
-    "What a network is trained for"
-    name = _loss_name(loss).lower().replace('_', '')
-    whole = not y.is_floating_point() or bool((y == y.round()).all())
-    if y.shape != logits.shape: return 'classes' if whole and y.ndim < 3 else 'numbers'
-    if any(o in name for o in _several): return 'labels'
-    within = bool(((y >= 0) & (y <= 1)).all())
-    if within and ((y.sum(1)-1).abs() < 1e-3).all(): return 'classes' # one-hot, or shares of them
-    numbers = not within or not whole or any(o in name for o in _of_numbers)
-    return 'numbers' if numbers else 'labels'
-
-def _few(learn, n=16):
-    "Inputs and labels of the first training images; uses nothing up"
-    dl = learn.dls.train
-    n = min(n, len(dl.dataset))
-    # a copy, for `new` leaves a mark by which random transforms go on differently
-    if isinstance(dl, DataLoader): b = copy(dl).new(bs=n, num_workers=0, shuffle=False, drop_last=False).one_batch()
-    else: b = dl.collate_fn([dl.dataset[i] for i in range(n)])
-    i = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
-    return b[:i],b[i:]
-
-def _answers(model, x):
-    "What `model` gives in eval mode; nothing is changed by it"
-    x = to_device(x, next(model.parameters()).device).as_subclass(Tensor)
-    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance('force_eager'):
-        return model(as_input(model, x))
-
 # %% ../nbs/05_exposure.ipynb #05000004
 @patch
 def _reads(self:OutlierExposure, *names):
     "Whether the loss, or the score that an attack lowers, is one of those"
-    return _inner(self.loss_out) in names or self.attack is not None and self.score in names
+    return inner_loss(self.loss_out) in names or self.attack is not None and self.score in names
 
 @patch
 def _check_shape(self:OutlierExposure, logits, n):
@@ -200,8 +154,8 @@ def _check_head(self:OutlierExposure, logits, y, loss):
     self.checked = True
     of_classes = self._reads(_uniform, energy_margin, energy, msp, entropy)
     if not of_classes and not self._reads(_no_label, joint_energy): return
-    task = _task(y.as_subclass(Tensor).to(logits.device), logits, loss) if isinstance(y, Tensor) else 'classes'
-    name = _loss_name(loss)
+    task = task_of(y.as_subclass(Tensor).to(logits.device), logits, loss) if isinstance(y, Tensor) else 'classes'
+    name = loss_name(loss)
     if task == 'numbers':
         raise ValueError(f'these labels are numbers, not classes ({name}): outlier exposure needs a classification '
                          'head. Sort the numbers into classes, or give a loss and a score of your own')
@@ -225,12 +179,12 @@ def _check_learner(self:OutlierExposure, learn):
     "Look at a few training images and at what the model gives for them, where both can be asked"
     if not self.lam and self.attack_in is None: return
     try:
-        with no_random(): xb,yb = _few(learn)
+        with no_random(): xb,yb = first_images(learn)
     except Exception: return # a loader that cannot be read says so itself when it is used
     self._check_batch(xb, yb)
     if not self.lam: return
     try:
-        with no_random(): out = _answers(learn.model, xb[0])
+        with no_random(): out = answers(learn.model, xb[0])
     except Exception: return # and so does a model
     logits = get_logits(out)
     self._check_place(out, getattr(learn.dls, 'c', None))
@@ -620,28 +574,10 @@ OutlierExposure.unlike = None # why what was loaded is not the state of this tra
 OutlierExposure.epoch_ran = False # whether this epoch trains, and is not skipped
 OutlierExposure.layer_names = {} # their names
 
-def _random_now(dl):
-    "All random numbers that the next epoch may use, of types that PyTorch reads without running code"
-    states = get_random_states()
-    name,keys,*rest = states['numpy_state']
-    numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return dict(python=states['random_state'], numpy=numpy, torch=states['torch_state'],
-                cuda=states['torch_cuda_state'], loader=loader_state(whole(dl)))
-
-def _set_random(state, dl):
-    "Bring all random numbers to the `state` that `_random_now` saw"
-    name,keys,*rest = state['numpy']
-    now = get_random_states()
-    here = len(state['cuda']) == len(now['torch_cuda_state'])
-    now['torch_cuda_state'] = [o.cpu() for o in state['cuda']] if here else now['torch_cuda_state']
-    now['numpy_state'] = name,keys.cpu().numpy().astype(np.uint32),*rest
-    set_random_states(**now | dict(random_state=state['python'], torch_state=state['torch'].cpu()))
-    set_loader_state(whole(dl), state['loader'])
-
 @patch
 def _random_everywhere(self:OutlierExposure):
     "The random numbers of every process"
-    mine = _random_now(self.dls.train)
+    mine = random_now(self.dls.train)
     if self.stream.world == 1: return [mine]
     res = [None]*self.stream.world
     distributed.all_gather_object(res, mine)
@@ -718,53 +654,14 @@ def _go_there(self:OutlierExposure):
     if isinstance(dl, TfmdDL):
         dl.before_iter()
         getattr(dl, 'n_inp', None) # fastai's look at an image
-    _set_random(self.random_then[self.stream.rank], dl)
-
-# %% ../nbs/05_exposure.ipynb #05e00009
-class _Beside:
-    "An optimizer as `learn.save` and `learn.load` see it, with the state of the exposure beside its own"
-    def __init__(self, learn):
-        self.opt = learn.opt
-        self.cb = learn.outlier_exposure
-        self.found = None
-
-    def state_dict(self): return {**self.opt.state_dict(), 'outlier_exposure': self.cb.state_dict()}
-
-    def load_state_dict(self, sd):
-        self.found = sd.pop('outlier_exposure', None)
-        self.opt.load_state_dict(sd)
-
-class _Door:
-    "`learn.save` or `learn.load` while the learner is exposed; a copy and an exported learner have fastai's own"
-    def __init__(self, learn, name):
-        self.learn = learn
-        self.name = name
-
-    def __reduce__(self): return partial,(getattr(type(self.learn), self.name),self.learn)
-
-    def __call__(self, file, *args, **kwargs):
-        learn = self.learn
-        if learn.opt is None and self.name == 'load': learn.create_opt()
-        fastais = getattr(type(learn), self.name)
-        cb = getattr(learn, 'outlier_exposure', None)
-        if learn.opt is None or getattr(cb, 'stream', None) is None: return fastais(learn, file, *args, **kwargs)
-        opt = learn.opt
-        learn.opt = _Beside(learn)
-        try: return getattr(self, f'_{self.name}')(fastais, file, *args, **kwargs)
-        finally: learn.opt = opt
-
-    def _save(self, fastais, file, **kwargs):
-        file = join_path_file(file, self.learn.path/self.learn.model_dir, ext='.pth')
-        if rank_distrib() or not isinstance(file, Path): return fastais(self.learn, file, **kwargs)
-        write_whole(file, lambda f: fastais(self.learn, f, **kwargs))
-        return file
-
-    def _load(self, fastais, file, *args, **kwargs):
-        res = fastais(self.learn, file, *args, **kwargs)
-        self.learn.outlier_exposure.found(self.learn.opt.found)
-        return res
+    set_random(self.random_then[self.stream.rank], dl)
 
 # %% ../nbs/05_exposure.ipynb #05e00015
+@patch(as_prop=True)
+def keeps_state(self:OutlierExposure):
+    "Whether there is a state to keep; an exported exposure has none"
+    return self.stream is not None
+
 @patch
 def found(self:OutlierExposure, state):
     "Go on from the `state` that a file had, None if it had none, or remember why that cannot be"
@@ -778,14 +675,14 @@ def found(self:OutlierExposure, state):
 @patch
 def _attach(self:OutlierExposure, learn):
     "Let the files of `learn` keep the state"
-    for name in 'save','load': vars(learn).setdefault(name, _Door(learn, name))
+    for name in 'save','load': vars(learn).setdefault(name, Door(learn, name, self.name))
 
 def _learner_of(self): return self.__dict__.get('learn')
 
 def _belong_to(self, learn):
     "fastai tells a callback its learner when it is added, and None when it is removed"
     for name in 'save','load':
-        if isinstance(getattr(self.learn, name, None), _Door): delattr(self.learn, name)
+        if isinstance(getattr(self.learn, name, None), Door): delattr(self.learn, name)
     self.__dict__['learn'] = learn
     if learn is not None: self._attach(learn)
 

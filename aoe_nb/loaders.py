@@ -228,8 +228,8 @@ def items(self:Images):
 
 @patch(as_prop=True)
 def c(self:Images):
-    "The number of classes"
-    return len(self.classes)
+    "The number of classes; without names as many as the labels tell"
+    return int(self.y.max())+1 if self.classes is None else len(self.classes)
 
 @patch(as_prop=True)
 def loss_func(self:Images):

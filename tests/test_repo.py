@@ -112,7 +112,7 @@ images
 loaders drawn painted
 data
 stream
-evaluation
+evaluation heads resumption
 peers audit exposure detector openood
 generate graph
 sheet

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from aoe_nb.attack import PGD
 from aoe_nb.data import Images, inliers, outliers
-from aoe_nb.exposure import OutlierExposure, _Door
+from aoe_nb.exposure import OutlierExposure
+from aoe_nb.resumption import Door
 from aoe_nb.generate import Checkpoint
 from aoe_nb.loaders import RandomCropFlip
 
@@ -183,7 +184,7 @@ def test_files_are_fastais(tmp_path):
     plain = new(tmp_path, save=False).unexpose()
     plain.load('m', with_opt=True)  # fastai's own, which reads tensors only
     assert torch.equal(weights(plain), weights(first))
-    assert not isinstance(plain.save, _Door)
+    assert not isinstance(plain.save, Door)
     eq(set(torch.load(file, weights_only=False)), {'model', 'opt'})
     plain.save('p')
     assert 'outlier_exposure' not in torch.load(tmp_path / 'models/p.pth', weights_only=False)['opt']
@@ -193,16 +194,16 @@ def test_files_are_fastais(tmp_path):
 
 def test_a_learner_is_itself_again_when_the_exposure_goes(tmp_path):
     learn = new(tmp_path, save=False)
-    assert isinstance(learn.save, _Door)
+    assert isinstance(learn.save, Door)
     learn.remove_cb(learn.outlier_exposure)
-    assert not isinstance(learn.save, _Door) and not isinstance(learn.load, _Door)
+    assert not isinstance(learn.save, Door) and not isinstance(learn.load, Door)
     cb = OutlierExposure(china)
-    assert isinstance(learn.add_cb(cb).load, _Door)
+    assert isinstance(learn.add_cb(cb).load, Door)
     learn.export()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         again = load_learner(tmp_path / 'export.pkl')
-    assert not isinstance(again.save, _Door) and not isinstance(again.load, _Door)
+    assert not isinstance(again.save, Door) and not isinstance(again.load, Door)
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
