@@ -141,6 +141,11 @@ def set_loader_state(dl, state):
     if state['rng'] is not None: dl.rng.setstate(state['rng'])
     if state['gen'] is not None: dl.generator.set_state(state['gen'].cpu())
 
+def failed_at(i, what, e):
+    "The error `e` of a loader of `what`, in a kind that who caught it still catches, and with the batch in its words"
+    kind = next((o for o in (ValueError,TypeError,OSError) if isinstance(e, o)), RuntimeError)
+    return kind(f'the loader of {what} failed at batch {i} of its pass ({type(e).__name__}: {e})')
+
 @patch
 def _next(self:OutlierStream, seed):
     "The next batch of a loader under the random numbers of `seed`, from the top when it has run dry; None: it is empty"
@@ -160,10 +165,7 @@ def _ask(self:OutlierStream):
     "What the loader gives next, None at its end, or an error that says which batch of the pass it could not give"
     self.asked += 1
     try: return next(self.batches, None)
-    except Exception as e:
-        kind = next((o for o in (ValueError,TypeError,OSError) if isinstance(e, o)), RuntimeError)
-        raise kind(f'the loader of outliers failed at batch {self.asked} of its pass '
-                   f'({type(e).__name__}: {e})') from e
+    except Exception as e: raise failed_at(self.asked, 'outliers', e) from e
 
 @patch
 def _loaded(self:OutlierStream):
