@@ -192,7 +192,7 @@ def test_audit_needs_something_to_compare(audit):
 
 def test_run_alone_lists(tmp_path):
     r = run('aoe_run', cwd=tmp_path)
-    assert r.returncode == 0 and 'starts  cifar10      0 done  4 missing' in r.stdout and 'aoe_run NAME' in r.stdout
+    assert r.returncode == 0 and 'starts    cifar10      0 done  4 missing' in r.stdout and 'aoe_run NAME' in r.stdout
 
 
 def test_generate_says_what_it_will_do(tmp_path):

@@ -139,7 +139,8 @@ def test_a_grid_on_slurm(out, capsys):
         wait_for(lambda: all(p.with_suffix('.step').exists() for p in paths[:2]), 'no checkpoints')
         subprocess.run(['scancel', f'{job}_5'], check=True)
         os.kill(holder(paths[0])['pid'], signal.SIGKILL)
-        subprocess.run(['scancel', '--signal=USR2', f'{job}_1'], check=True)  # what submitit asks Slurm to send first
+        preempt = ['scancel', '--signal=USR2', f'{job}_1']  # what submitit asks Slurm to send first
+        wait_for(lambda: not subprocess.run(preempt).returncode, 'Slurm took no signal')  # it may not be ready yet
         wait_for(lambda: holder(paths[1]) is None, 'it was not put back')
         for run in runs[:2]:
             (out / f'hold-{run}').unlink()
@@ -268,6 +269,7 @@ def test_the_newest_word_counts_on_the_list(out, capsys):
     assert listed('best', capsys)[1] == []
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_the_tutorial_runs_on_slurm():
     "`nbdev_test` runs it by itself, as processes of this machine"
