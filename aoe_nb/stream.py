@@ -296,10 +296,18 @@ def labelled_batches(
     "Batches of [0,1] images and their labels, None where there are none"
     source = given(source, learn)
     shape = None if learn is None else learner_shape(learn)
-    by_hand = isinstance(source, (Images,Rows,Tensor,np.ndarray)) # a loader's sizes are its own affair
+    if isinstance(source, (Tensor,np.ndarray)) and shape: _say_size(source, shape)
+    by_hand = isinstance(source, (Images,Rows)) # the sizes of a loader or a tensor are their maker's affair
     for x,y in batches_of(source, bs):
         if shape: x = fitted(x, shape if by_hand else (shape[0],None,None))
         yield x,y
+
+def _say_size(x, shape):
+    "Warn of a tensor whose images do not have the size that a learner was trained on"
+    theirs,ours = tuple(x.shape[-2:]),shape[1:]
+    if x.ndim != 4 or all(want in (None,got) for want,got in zip(ours, theirs)): return
+    warnings.warn(f'the images have size {theirs}, the learner was trained on {ours}: their scores may say little, '
+                  'or the network may fail', stacklevel=3)
 
 def pixel_batches(source, bs=256, learn=None):
     "Batches of [0,1] images, without labels"

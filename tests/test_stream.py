@@ -241,7 +241,7 @@ REFUSED = {
     'not a number': (X / 255 * float('nan'), 'not [0,1]'),
     'integers': (X.long(), 'have dtype'),
     'sizes of many kinds': ([X[0], X[0, :, :4]], 'bring them to one size'),
-    'another size': (X.repeat(1, 1, 2, 2), 'size'),
+    'another size': (Images(X.repeat(1, 1, 2, 2)), 'size'),
     'colour': (X.repeat(1, 3, 1, 1), 'channels'),
     'lists of lists': ([[[1, 2], [3, 4]]], 'is no image'),
 }
@@ -255,6 +255,14 @@ def test_what_cannot_be_meant_is_refused_everywhere(source, why, learn):
             f(source)
         assert why in str(e.value), str(e.value)
     assert not hasattr(learn, 'outlier_exposure')
+
+
+def test_a_tensor_of_another_size_is_scored_with_a_warning_and_never_exposed(learn):
+    larger = X.repeat(1, 1, 2, 2)
+    with pytest.warns(UserWarning, match='trained on'):
+        assert len(learn.ood_scores(larger)) == len(larger)
+    with pytest.raises(ValueError, match='size'):
+        learn.expose(larger)
 
 
 def test_a_data_frame_is_refused(learn):
