@@ -31,7 +31,7 @@ from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, past_softmax, steeper
 from .resumption import Door, random_now, set_random
-from .stream import OutlierStream, given
+from .stream import Numbered, OutlierStream, given
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -345,6 +345,7 @@ class _TrainingPass(Callback):
     "Has the last word before the training pass, so that no other callback's pass is taken for it"
     order = math.inf
     run_valid = False
+    def before_train(self): self.learn.dl = Numbered(self.dl, 'inliers')
     def before_batch(self):
         if hasattr(self.learn, 'outlier_exposure'): self.learn.outlier_exposure._arm()
 

@@ -8,6 +8,7 @@ __all__ = ['given', 'OutlierStream', 'labelled_batches', 'pixel_batches']
 # %% ../nbs/03_stream.ipynb #b3b2d146
 import random, warnings, numpy as np, torch
 from collections.abc import Iterator
+from copy import copy
 from torch import Tensor
 from fasttransform import Pipeline
 from .data import Images, named
@@ -145,6 +146,30 @@ def failed_at(i, what, e):
     "The error `e` of a loader of `what`, in a kind that who caught it still catches, and with the batch in its words"
     kind = next((o for o in (ValueError,TypeError,OSError) if isinstance(e, o)), RuntimeError)
     return kind(f'the loader of {what} failed at batch {i} of its pass ({type(e).__name__}: {e})')
+
+class Numbered:
+    "A loader that counts the batches of a pass, and says at which one it failed"
+    def __init__(self, dl, what):
+        self.dl = dl
+        self.what = what
+
+    def __len__(self): return len(self.dl)
+
+    def __getattr__(self, name):
+        if name == 'dl': raise AttributeError(name) # before there is one
+        return getattr(self.dl, name)
+
+    def __reduce__(self): return copy,(self.dl,) # exported amid training: the loader itself
+
+    def __iter__(self):
+        done = 0
+        batches = iter(self.dl)
+        while True:
+            try: b = next(batches)
+            except StopIteration: return
+            except Exception as e: raise failed_at(done+1, self.what, e) from e
+            yield b
+            done += 1
 
 @patch
 def _next(self:OutlierStream, seed):
