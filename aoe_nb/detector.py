@@ -24,7 +24,7 @@ from .drift import Monitor
 from .energy import energy, get_score, scores as named_scores
 from .evaluation import Bench
 from .images import Images
-from .loaders import Pixels, as_pixels, learner_shape
+from .loaders import Pixels, as_pixels, fitted, image_batch, learner_shape
 from .metrics import averaged
 from .record import provenance, write_whole
 from .stream import given, pixel_batches
@@ -172,6 +172,8 @@ def _held_out(learn, inliers):
     "The held-out inliers as a source, and what tells each of them from others; refused where they were used before"
     default = inliers is None
     source = Bench(learn).known if default else given(inliers, learn, name='the inliers')
+    shape = learner_shape(learn)
+    if isinstance(source, Tensor) and shape: fitted(image_batch(source[:1]), shape, 'the inliers')
     if default and not _in_order(source):
         raise ValueError('the validation set comes in another order each time, so no half of it can be kept apart: '
                          'give inliers= that were held out')
