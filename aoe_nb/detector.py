@@ -173,7 +173,7 @@ def _held_out(learn, inliers):
     default = inliers is None
     source = Bench(learn).known if default else given(inliers, learn, name='the inliers')
     shape = learner_shape(learn)
-    if isinstance(source, Tensor) and shape: fitted(image_batch(source[:1]), shape, 'the inliers')
+    if isinstance(source, (Tensor,np.ndarray)) and shape: fitted(image_batch(source[:1]), shape, 'the inliers')
     if default and not _in_order(source):
         raise ValueError('the validation set comes in another order each time, so no half of it can be kept apart: '
                          'give inliers= that were held out')

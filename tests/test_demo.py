@@ -66,6 +66,7 @@ def test_bad_input_is_refused_before_training(args, why, tmp_path):
     assert 'run/s' not in r.stderr and not list(tmp_path.rglob('*.json'))
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_has_a_table_of_its_own(tmp_path):
     def table(*args):
         demo('--out', tmp_path, '--seeds', 1, *args)

@@ -323,6 +323,7 @@ FRAME = '<iframe name="{page} at {w}" src="{page}" width="{w}" height="{h}" styl
 SIZES = (390, 844), (1280, 900)
 
 
+@pytest.mark.slow
 def test_no_page_is_wider_than_its_window(browse, site, pages):
     frames = [FRAME.format(page=page, w=w, h=h) for page in pages for w, h in SIZES]
     (site / 'frames.htm').write_text(FRAMES % ''.join(frames))
