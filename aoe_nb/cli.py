@@ -146,6 +146,14 @@ def _cluster(cluster, device, **asked):
     return dict(cluster=cluster, **asked)
 
 # %% ../nbs/21_cli.ipynb #21c00019
+def _check_run(name, ids, model, device):
+    "Refuse an experiment, inliers, a network or a device that is not known"
+    from aoe_nb.study.protocol import experiments, starts
+    if name: _known(name, experiments, 'experiment')
+    for id in ids: _known(id, starts, 'inliers')
+    _known(model, _networks, 'model')
+    if device not in ('','cpu','cuda'): raise ValueError(f'device must be cpu or cuda, not {device!r}')
+
 @command('what is done is in {out}, the same command goes on')
 def aoe_run( # noqa: PLR0913
     name:str='', # Experiment; without one: list what there is
@@ -165,20 +173,18 @@ def aoe_run( # noqa: PLR0913
 
     Experiments: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start),
     recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
-    the hard attacks), curve (two epochs, looked at on the way), samples (fewer outliers), adv (inliers attacked)"""
-    from aoe_nb.study.protocol import experiments, starts
-    if name and not list: _known(name, experiments, 'experiment')
+    the hard attacks), curve (two epochs, looked at on the way), samples (fewer outliers), adv and adv_mild (inliers
+    attacked), kinds (of outliers), sensitive (one setting at a time), defects (of the public code)"""
     ids = ids.split(',')
-    for id in ids: _known(id, starts, 'inliers')
-    _known(model, _networks, 'model')
-    if device not in ('','cpu','cuda'): raise ValueError(f'device must be cpu or cuda, not {device!r}')
+    _check_run('' if list else name, ids, model, device)
     seeds = _numbers(seeds, 'seeds')
     cluster = _cluster(cluster, device, gpus=gpus, hours=hours, partition=partition, parallel=parallel)
     from aoe_nb.study.grid import listing, run_missing
     from fastai.torch_core import default_device
-    if list or not name: print(listing(ids, out, model))
-    if not list and not name: print('\naoe_run NAME runs what is missing of one; aoe_run --help says what each is')
-    if list or not name: return
+    if list or not name:
+        print(listing(ids, out, model))
+        if not list: print('\naoe_run NAME runs what is missing of one; aoe_run --help says what each is')
+        return
     if device: default_device(device == 'cuda')
     run_missing(name, ids, model, seeds, out, cluster)
 

@@ -635,7 +635,9 @@ def before_epoch(self:OutlierExposure):
     if self.epoch == self._start_epoch() > 0: self._look_at_resumption()
 
 @patch
-def after_train(self:OutlierExposure): self.epoch_ran = True
+def after_train(self:OutlierExposure):
+    "Remember that this epoch was trained, and not skipped"
+    self.epoch_ran = True
 
 @patch
 def after_epoch(self:OutlierExposure):

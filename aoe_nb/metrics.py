@@ -222,14 +222,14 @@ def report_means(
     df, # one row a set: its name as index, columns `group`, n_in, n_out and the metrics
 )->pd.DataFrame: # the same, and below it 'mean near', 'mean far' and 'mean natural', where there is such a set
     "Add the means over sets of outliers to the rows of a report; noise stays out"
-    means = {}
+    means = averaged(df.group)
     values = df[metric_names].to_numpy(float)
-    for name,chosen in averaged(df.group).items():
-        mean = values[chosen].mean(axis=0)
-        means[name] = dict(zip(metric_names, mean), group='mean')
-    means = pd.DataFrame.from_dict(means, orient='index')
-    res = pd.concat([df, means]).rename_axis('set')
-    return res.assign(**{k: res[k].astype('Int64') for k in ('n_in','n_out')})
+    rows = np.array([values[chosen].mean(axis=0) for chosen in means.values()]).reshape(-1, len(metric_names))
+    below = dict(zip(metric_names, rows.T), group=['mean']*len(means))
+    nothing = [np.nan]*len(means)
+    columns = {name: [*column, *below.get(name, nothing)] for name,column in df.items()}
+    for name in 'n_in','n_out': columns[name] = pd.array([*df[name], *[pd.NA]*len(means)], dtype='Int64')
+    return pd.DataFrame(columns, index=pd.Index([*df.index, *means], name='set'))
 
 # %% ../nbs/06_metrics.ipynb #06000027
 def _distance(distances, replicates):

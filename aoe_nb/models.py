@@ -118,8 +118,9 @@ class _BasicBlock(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        if self.stride > 1: x = F.pad(x[:,:,::2,::2], (0,0,0,0,self.pad,self.pad))
-        return F.relu(x+y)
+        return F.relu(self.passed(x) + y)
+    def passed(self, x):
+        return F.pad(x[:,:,::2,::2], (0,0,0,0,self.pad,self.pad)) if self.stride > 1 else x
 
 def _stage(block, n, c_in, c, stride, *args):
     "`n` blocks, of which the first changes channels and size"
@@ -212,18 +213,12 @@ def wrn16_4(n_out=10, stats=cifar10_stats, drop=.3):
     return with_stats(_WideResNet(16, 4, n_out, drop), stats)
 
 # %% ../nbs/10_models.ipynb #10m00002
-class _ProjectedBlock(nn.Module):
+class _ProjectedBlock(_BasicBlock):
     def __init__(self, c_in, c, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c)
-        self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c)
+        super().__init__(c_in, c, stride)
         self.shortcut = nn.Sequential()
         if c_in != c: self.shortcut = nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), nn.BatchNorm2d(c))
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+    def passed(self, x): return self.shortcut(x)
 
 class _ResNet18(nn.Module):
     def __init__(self, n_out):

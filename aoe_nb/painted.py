@@ -61,7 +61,7 @@ def _weights(name):
 def painted(
     name, # 'gan-cifar10' or 'gan-cifar100'
     n:int=25_000, # how many
-    sigma:float=7., # length of the latent vectors: 1 as in training, larger further out
+    sigma:float=7., # scale of the latent vectors: 1 as in training, larger further out
     seed:int=0,
     bs:int=500,
 )->Images: # (n,3,32,32), without labels

@@ -1,6 +1,6 @@
 "The seven commands as programs: quick with --help and with what is wrong, polite at Ctrl-C, right on a user's folders."
 
-import os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -188,6 +188,14 @@ def test_audit_brings_folders_to_one_size(audit, home):
 
 def test_audit_needs_something_to_compare(audit):
     assert 'give --exposed or --sets' in audit('mine')[0]
+
+
+def test_help_of_run_names_every_experiment():
+    from aoe_nb.cli import aoe_run
+    from aoe_nb.study.protocol import experiments
+
+    words = set(re.findall(r'\w+', aoe_run.__doc__))
+    assert set(experiments) <= words
 
 
 def test_run_alone_lists(tmp_path):

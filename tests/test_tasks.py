@@ -1,7 +1,6 @@
 "What a learner is trained for: `expose` takes what has a meaning, and says at once what has none, and why."
 
 import copy, subprocess, sys, warnings
-from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import pandas as pd
@@ -25,10 +24,10 @@ from fastai.vision.all import (
     SGD,
     TensorImage,
     accuracy_multi,
-    set_seed,
 )
 from fastcore.test import test_close as close, test_eq as eq, test_fail as fails
 from PIL import Image
+from test_callbacks import fit, silent
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.data import outliers
 from aoe_nb.energy import energy, energy_margin, joint_energy, uniform_ce
@@ -58,19 +57,6 @@ def loaders(y, x=X, cls=DataLoader):
 
 def learner(model=None, y=Y, loss=None, **kw):
     return Learner(loaders(y), model or net(), loss_func=loss or CrossEntropyLossFlat(), opt_func=SGD, **kw)
-
-
-@contextmanager
-def silent(learn):
-    with learn.no_bar(), learn.no_logging():
-        yield
-
-
-def fit(learn, *args, **kw):
-    set_seed(0)
-    with silent(learn):
-        learn.fit(*args, **kw)
-    return learn
 
 
 def squares(p, y):
