@@ -140,15 +140,6 @@ def _check_shape(self:OutlierExposure, logits, n):
                      f'this model gives {tuple(logits.shape)}{remedy}')
 
 @patch
-def _check_place(self:OutlierExposure, out, n_classes):
-    "Refuse a tuple in which another tensor than the first has the width of the classes"
-    if not isinstance(out, (tuple,list)) or not n_classes: return
-    widths = [o.shape[1] if isinstance(o, Tensor) and o.ndim == 2 else None for o in out]
-    if None in widths[:1] or n_classes in (widths[0],widths[0]-1) or n_classes not in widths: return
-    raise ValueError(f'the first of what the model gives has {widths[0]} numbers an image for {n_classes} classes: '
-                     'let it give the logits first, or call them "logits" in a dict')
-
-@patch
 def _check_head(self:OutlierExposure, logits, y, loss):
     "Refuse a head whose numbers are no logits, or whose labels are none that the loss and the score are for"
     self.checked = True
@@ -187,7 +178,6 @@ def _check_learner(self:OutlierExposure, learn):
         with no_random(): out = answers(learn.model, xb[0])
     except Exception: return # and so does a model
     logits = get_logits(out)
-    self._check_place(out, getattr(learn.dls, 'c', None))
     self._check_shape(logits, len(xb[0]))
     self._check_head(logits, yb[0], learn.loss_func)
 
