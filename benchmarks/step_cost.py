@@ -10,7 +10,7 @@ PyTorch counts them, and the memory that one step adds. On a GPU the same comman
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +30,7 @@ from aoe_nb.attack import FGSM, PGD, Gaussian, fgsm
 from aoe_nb.data import Images
 from aoe_nb.device import keep_memory
 from aoe_nb.energy import energy, uniform_ce
+from aoe_nb.free import FreeFGSM, FreePGD
 from aoe_nb.models import resnet20, wrn40_2
 from aoe_nb.record import provenance, write_whole
 
@@ -56,18 +57,24 @@ def new_images(n, size, seed):
 
 
 class Clock(Callback):
-    "Seconds of each step, drawing and attacking outliers included"
+    "Seconds of each step, drawing and attacking outliers included; with a `counter` also its operations"
 
     order = -1000
+    run_valid = False
+    counter = None
 
     def before_fit(self):
         self.seconds = []
 
     def before_batch(self):
+        if self.counter and len(self.seconds) == STEPS - 1:
+            self.counter.__enter__()
         self.started = now()
 
     def after_batch(self):
         self.seconds.append(now() - self.started)
+        if self.counter and len(self.seconds) == STEPS:
+            self.counter.__exit__(None, None, None)
 
 
 def now():
@@ -82,7 +89,7 @@ class ByCallback:
     def __init__(self, name, n, size, **exposure):
         train = Images(new_images(STEPS * n, size, 0), torch.arange(STEPS * n) % 10)
         model = new_model(name).to(memory_format=torch.channels_last)
-        self.learn = Learner(train.dls(n), model, loss_func=F.cross_entropy, cbs=Clock())
+        self.learn = Learner(train.dls(n, valid=train.take(slice(0, 2))), model, loss_func=F.cross_entropy, cbs=Clock())
         if exposure:
             self.learn.expose(new_images(4 * n, size, 1), **exposure)
 
@@ -90,6 +97,12 @@ class ByCallback:
         with self.learn.no_bar(), self.learn.no_logging():
             self.learn.fit(1, 1e-3)
         return self.learn.clock.seconds[1:]
+
+    def flops(self):
+        self.learn.clock.counter = FlopCounterMode(display=False)
+        self.turn()
+        counter, self.learn.clock.counter = self.learn.clock.counter, None
+        return counter.get_total_flops()
 
 
 class ByHand:
@@ -109,6 +122,11 @@ class ByHand:
             self.way()
             seconds.append(now() - started)
         return seconds[1:]
+
+    def flops(self):
+        with FlopCounterMode(display=False) as counter:
+            self.way()
+        return counter.get_total_flops()
 
     def train_on(self, x, n):
         logits = self.model(x)
@@ -147,6 +165,7 @@ def ways():
     table['OE and noise, frozen'] = partial(frozen, attack=Gaussian(EPS))
     table['AOE on half, frozen'] = partial(frozen, attack=FGSM(EPS), frac=0.5)
     table['free AOE, frozen'] = partial(frozen, attack=FreeFGSM(EPS))
+    table['free PGD, frozen'] = partial(frozen, attack=FreePGD(EPS))
     table['PGD-5, frozen'] = partial(frozen, attack=PGD(EPS, 5))
     table['PGD-5 on half, frozen'] = partial(frozen, attack=PGD(EPS, 5), frac=0.5)
     table['ten lines'] = partial(ByHand, way='ten_lines')
@@ -154,11 +173,22 @@ def ways():
     return table
 
 
-def bytes_so_far():
-    "The most memory that this process has had"
+def kilobytes(what):
+    "Of this process, as Linux counts them: VmRSS now, VmHWM at most"
+    return int(re.search(rf'{what}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+
+def added_by(run):
+    "Megabytes that steps need beyond what is there before them"
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run.turn()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before = kilobytes('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')  # forget the peak so far
+    run.turn()
+    return (kilobytes('VmHWM') - before) * 1024 / 1e6
 
 
 def memory_of(model, way, n, threads):
@@ -169,10 +199,7 @@ def memory_of(model, way, n, threads):
 
 
 def print_memory(model, way, n):
-    run = ways()[way](model, n, SIZES[model])
-    before = bytes_so_far()
-    run.turn()
-    print(round((bytes_so_far() - before) / 1e6, 1))
+    print(round(added_by(ways()[way](model, n, SIZES[model])), 1))
 
 
 def peak(n=2048):
@@ -186,14 +213,10 @@ def peak(n=2048):
     return 2 * n**3 / min(seconds)
 
 
-def measured(model, n, repeats, threads):
+def measured(model, n, repeats, threads, only):
     "One row for each way"
-    runs = {name: make(model, n, SIZES[model]) for name, make in ways().items()}
-    flops = {}
-    for name, run in runs.items():
-        with FlopCounterMode(display=False) as counter:
-            run.turn()
-        flops[name] = counter.get_total_flops()
+    runs = {name: make(model, n, SIZES[model]) for name, make in ways().items() if not only or name in only}
+    flops = {name: run.flops() for name, run in runs.items()}  # warms up as well
     turns = {name: [] for name in runs}
     for k in range(repeats):
         for name, run in runs.items():
@@ -208,16 +231,16 @@ def measured(model, n, repeats, threads):
             quartiles=[low, high],
             seconds=round(float(np.median(seconds)), 4),
             images_per_second=round(2 * n / float(np.median(seconds)), 1),
-            gflop=round(flops[name] / STEPS / 1e9, 2),
+            gflop=round(flops[name] / 1e9, 2),
             megabytes=memory_of(model, name, n, threads),
         )
     return rows
 
 
-def main(models, n, repeats, threads, out):
+def main(models, n, repeats, threads, only, out):
     started = time.time()
     keep_memory()
-    rows = {model: measured(model, n, repeats, threads) for model in models}
+    rows = {model: measured(model, n, repeats, threads, only) for model in models}
     config = dict(models={m: SIZES[m] for m in models}, inliers=n, outliers=n, repeats=repeats, unit=UNIT, eps=EPS)
     res = dict(experiment='benchmarks', benchmark='step_cost', config=config, seed=0, **provenance(), steps=rows)
     res |= dict(peak_gflop_per_second=round(peak() / 1e9, 1), seconds=round(time.time() - started, 1))
@@ -235,6 +258,7 @@ if __name__ == '__main__':
     parser.add_argument('--n', type=int, default=64, help='inliers in a batch, beside as many outliers')
     parser.add_argument('--repeats', type=int, default=8)
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--ways', nargs='+', help=f'only these, {UNIT!r} among them')
     parser.add_argument('--memory', help='print the megabytes of this way, and nothing else')
     parser.add_argument('--out', '--json', default=OUT)
     args = parser.parse_args()
@@ -242,4 +266,4 @@ if __name__ == '__main__':
     if args.memory:
         print_memory(args.models[0], args.memory, args.n)
     else:
-        main(args.models, args.n, args.repeats, args.threads, args.out)
+        main(args.models, args.n, args.repeats, args.threads, args.ways, args.out)
