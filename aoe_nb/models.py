@@ -9,10 +9,11 @@ __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'openood_cifar10
            'save_weights', 'check_weights', 'read_weights', 'load_weights']
 
 # %% ../nbs/10_models.ipynb #f8c10327
-import hashlib, json, torch, torch.nn.functional as F
+import hashlib, json, os, torch, torch.nn.functional as F
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
+from pickle import UnpicklingError
 from torch import Tensor, nn
 from .record import provenance, write_whole
 
@@ -312,19 +313,37 @@ def _loaded(source):
     kw = dict(map_location='cpu', weights_only=True)
     if str(source) in published:
         return torch.hub.load_state_dict_from_url(published[str(source)], check_hash=True, **kw)
-    if not Path(source).exists():
+    if not Path(source).is_file():
         raise FileNotFoundError(f'no checkpoint {source}: give a file, a state dict, or one of {", ".join(published)}')
     check_weights(source)
-    return torch.load(source, **kw)
+    try: return torch.load(source, **kw)
+    except Exception as e: # PyTorch raises a dozen kinds, some of them without a word
+        unsafe = isinstance(e, UnpicklingError)
+        why = 'it holds more than tensors, or is damaged' if unsafe else f'it is cut off or damaged, {type(e).__name__}'
+        raise ValueError(f'{source} cannot be read as a checkpoint ({why}): '
+                         'save one by torch.save(model.state_dict(), path)') from None
+
+_wrappers = 'state_dict','model_state_dict','model','net','network','weights','backbone','ema'
+
+def _unwrapped(state):
+    "The state dict in what a training saved"
+    while isinstance(state, Mapping):
+        inner = next((state[key] for key in _wrappers if isinstance(state.get(key), Mapping)), None)
+        if inner is None: return state
+        state = inner
+    return {}
 
 def read_weights(
     source, # a file, a name in `published`, or a state dict
 )->dict: # plain names -> tensors
     "The tensors of a checkpoint under their bare names"
-    state = _loaded(source) if isinstance(source, (str,Path)) else source
-    for key in 'state_dict','model','net':
-        if isinstance(state.get(key), dict): state = state[key]
-    return {k.removeprefix('module.').removeprefix('model.'): v for k,v in state.items() if isinstance(v, Tensor)}
+    is_file = isinstance(source, (str,Path))
+    state = _loaded(source) if is_file else source
+    tensors = {str(k): v for k,v in _unwrapped(state).items() if isinstance(v, Tensor)}
+    if not tensors:
+        where = f'{source} has' if is_file else 'there are'
+        raise ValueError(f'{where} no weights in a {type(state).__name__}: give what model.state_dict() gives')
+    return {k.removeprefix('module.').removeprefix('model.'): v for k,v in tensors.items()}
 
 # %% ../nbs/10_models.ipynb #deda410c
 _heads = 'linear','fc','classifier','head','head.fc'
@@ -334,9 +353,9 @@ def _bare(name):
     layer,_,leaf = name.removeprefix('1.').rpartition('.')
     return f'head.{leaf}' if layer in _heads else f'{layer}.{leaf}'
 
-def _by_name(own, theirs):
-    "For each of our names theirs, where bare names and shapes agree"
-    bare = {_bare(name): name for name in theirs}
+def _by_name(own, theirs, place=''):
+    "For each of our names theirs, where bare names and shapes agree; theirs begin with `place`"
+    bare = {_bare(name.removeprefix(place)): name for name in theirs}
     names = {}
     for name,tensor in own.items():
         other = bare.get(_bare(name))
@@ -348,7 +367,10 @@ def _shapes(tensors): return [tuple(o.shape) for o in tensors.values()]
 
 def _match(own, theirs):
     "For each of our names theirs: by name, else by order where all shapes agree"
-    names = _by_name(own, theirs)
+    shared = os.path.commonprefix(list(theirs))
+    place = shared[:shared.rfind('.')+1] # such as 'backbone.'
+    found = _by_name(own, theirs),_by_name(own, theirs, place)
+    names = max(found, key=len) # the first of two that find as many
     if len(names) < len(own) and _shapes(own) == _shapes(theirs): return dict(zip(own, theirs))
     return names
 
