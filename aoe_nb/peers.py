@@ -125,7 +125,10 @@ def pytorch_ood_score(
     score = partial(own, fitted) if own else getattr(fitted, f'predict_{kind}')
     import pytorch_ood
     identity = [detector, kwargs, fingerprint([x, y]), pytorch_ood.__version__]
-    return on_input(lambda model,x: score(look(model, x)), identity=identity)
+    res = on_input(lambda model,x: score(look(model, x)), identity=identity)
+    settings = ', '.join(f'{name}={value!r}' for name,value in kwargs.items())
+    res.__name__ = f'{detector}({settings})' if settings else detector # in reports, the same for each network
+    return res
 
 # %% ../nbs/08_peers.ipynb #08m00002
 def _zoo():
