@@ -88,6 +88,15 @@ def _built(cls, head, settings):
     asked = inspect.signature(cls).parameters
     return cls(**{k: v for k,v in offered.items() if k in asked} | settings)
 
+def _fitted(name, x, y, head, settings):
+    "The detector called `name` as a function of logits or features, fitted to `x` and their labels `y`"
+    cls,kind = known_detector(name)
+    fitted = _built(cls, head, settings)
+    fit_on = 'cpu' if name == 'KNN' else x.device # scikit-learn's
+    if fitted.requires_fit: getattr(fitted, f'fit_{kind}')(x.to(fit_on), y.to(fit_on))
+    own = _with_gradient.get(name)
+    return partial(own, fitted) if own else getattr(fitted, f'predict_{kind}')
+
 def _passed(learn, source, look, bs):
     "What `look(model, inputs)` sees of all images of `source`, and their labels"
     pixels = Pixels(learn.dls.train)
@@ -111,18 +120,20 @@ def pytorch_ood_score(
     **kwargs, # of the detector, such as k=10
 )->on_input:
     "A detector of pytorch-ood as a score, fitted; one that needs features takes the inputs of the last linear layer"
-    cls,kind = known_detector(detector)
+    kind = known_detector(detector)[1]
     head = None if kind == 'logits' else _head(learn.model)
     def look(model, x): return get_logits(model(x)).float() if head is None else _features(model, x)
     if train is None:
         whole = isinstance(learn.dls.train_ds, Images)
         train = learn.dls.train_ds if whole else learn.dls.train.new(shuffle=False, drop_last=False)
     x,y = _passed(learn, train, look, bs)
-    fitted = _built(cls, head, kwargs)
-    fit_on = 'cpu' if detector == 'KNN' else x.device # scikit-learn's
-    if fitted.requires_fit: getattr(fitted, f'fit_{kind}')(x.to(fit_on), y.to(fit_on))
-    own = _with_gradient.get(detector)
-    score = partial(own, fitted) if own else getattr(fitted, f'predict_{kind}')
+    try:
+        score = _fitted(detector, x, y, head, kwargs)
+        score(x[:2])
+    except Exception as e: # each detector raises its own
+        raise ValueError(f'{detector} does not work with the {"logits" if head is None else "features"} of this '
+            f'network ({type(e).__name__}: {e}): give what it asks for, as in k=10, or build it yourself '
+            'and give on_input(lambda model,x: detector(x))') from e
     import pytorch_ood
     identity = [detector, kwargs, fingerprint([x, y]), pytorch_ood.__version__]
     res = on_input(lambda model,x: score(look(model, x)), identity=identity)

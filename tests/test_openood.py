@@ -653,6 +653,16 @@ def test_detectors_of_several_networks_make_one_row(root):
     fails(lambda: openood_row([one, report(1, k=3)]), contains='of one benchmark, score and attack')
 
 
+@pytest.mark.parametrize('name', ['ASH', 'DICE', 'WeightedEBO'])
+def test_a_detector_that_asks_for_more_says_so(name, root):
+    pytest.importorskip('pytorch_ood', reason='pytorch-ood is not installed: nothing to fit')
+    from aoe_nb.peers import pytorch_ood_score
+
+    learn = openood_learner(resnet20(stats=None).state_dict(), arch=resnet20)
+    train = openood_sets(root, which='train')['train'].images(slice(0, 20))
+    fails(lambda: pytorch_ood_score(name, learn, train), contains=f'{name} does not work with the ')
+
+
 def test_a_function_is_called_the_same_in_each_run(root, learn):
     runs = [learn.openood(root, score=on_input(lambda model, x: x.mean((1, 2, 3)))) for _ in range(2)]
     assert '± 0.00' in openood_row(runs) and ' at 0x' not in runs[0].attrs['score']
