@@ -6,7 +6,7 @@
 __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'openood_cifar100_stats', 'published', 'small_cnn', 'PixelNorm',
            'with_stats', 'get_logits', 'each_tensor', 'past_softmax', 'precision', 'as_input', 'steeper', 'resnet20',
            'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'resnet18_32x32', 'mnist_convnet', 'weights_file',
-           'save_weights', 'check_weights', 'read_weights', 'load_weights']
+           'save_weights', 'check_weights', 'fetched_weights', 'read_weights', 'load_weights']
 
 # %% ../nbs/10_models.ipynb #f8c10327
 import hashlib, json, os, torch, torch.nn.functional as F
@@ -308,15 +308,28 @@ published = {
     'resnet20': f'{_akamaster}/resnet20-12fca82f.th',
     'resnet56': f'{_akamaster}/resnet56-4bfd9763.th'}
 
+def fetched_weights(
+    url, # of a checkpoint
+    name, # of the network, for errors
+    file_name=None, # in the folder of torch.hub, with a hash in it; default: as in `url`
+):
+    "What a published checkpoint holds, which is fetched once"
+    path = Path(torch.hub.get_dir())/'checkpoints'/(file_name or Path(url).name)
+    kw = dict(map_location='cpu', file_name=path.name, weights_only=True)
+    try: return torch.hub.load_state_dict_from_url(url, check_hash=True, **kw)
+    except Exception as e: # of the net, or of a file that somebody put there
+        why = f'{type(e).__name__}: {str(e)[:80]}'
+        if path.exists(): raise ValueError(f'{path} is damaged ({why}): remove it, and it is fetched again') from None
+        raise FileNotFoundError(f'{name} could not be fetched ({why}): connect and try again, or put {url} '
+                                f'into {path.parent} as {path.name}') from None
+
 def _loaded(source):
     "What lies in the file `source`, or behind that name in `published`"
-    kw = dict(map_location='cpu', weights_only=True)
-    if str(source) in published:
-        return torch.hub.load_state_dict_from_url(published[str(source)], check_hash=True, **kw)
+    if str(source) in published: return fetched_weights(published[str(source)], source)
     if not Path(source).is_file():
         raise FileNotFoundError(f'no checkpoint {source}: give a file, a state dict, or one of {", ".join(published)}')
     check_weights(source)
-    try: return torch.load(source, **kw)
+    try: return torch.load(source, map_location='cpu', weights_only=True)
     except Exception as e: # PyTorch raises a dozen kinds, some of them without a word
         unsafe = isinstance(e, UnpicklingError)
         why = 'it holds more than tensors, or is damaged' if unsafe else f'it is cut off or damaged, {type(e).__name__}'

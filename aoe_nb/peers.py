@@ -16,7 +16,7 @@ from .cache import fingerprint
 from .data import Images
 from .evaluation import on_input
 from .loaders import Pixels
-from .models import as_input, get_logits, load_weights, wrn40_2
+from .models import as_input, fetched_weights, get_logits, load_weights, wrn40_2
 from .stream import labelled_batches
 
 # %% ../nbs/08_peers.ipynb #82b45a5f
@@ -166,10 +166,4 @@ def zoo_model(
     info = _zoo().get_model_info(name)
     if info.arch != 'wrn-40-2': raise ValueError(f'{name} is a {info.arch}, and only wrn-40-2 is known here')
     model = wrn40_2(info.arch_kwargs['num_classes'], (info.preprocessing.mean, info.preprocessing.std))
-    own = dict(map_location='cpu', file_name=info.file_name, weights_only=True)
-    try: state = torch.hub.load_state_dict_from_url(info.url, check_hash=True, **own)
-    except (OSError, RuntimeError) as e:
-        why = f'{type(e).__name__}: {str(e)[:80]}'
-        raise FileNotFoundError(f'{name} could not be fetched ({why}): connect and try again, or put {info.url} '
-                                f'into {torch.hub.get_dir()}/checkpoints as {info.file_name}') from None
-    return load_weights(model, state).eval()
+    return load_weights(model, fetched_weights(info.url, name, info.file_name)).eval()

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from aoe_nb.models import (
     openood_cifar100_stats,
     resnet18_32x32,
     resnet20,
+    wrn40_2,
 )
 from aoe_nb.openood import (
     openood_learner,
@@ -597,6 +599,39 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
     fails(lambda: load_weights(resnet18_32x32(), resnet18_32x32()), contains='no weights in a Sequential: give what')
     with pytest.raises(FileNotFoundError, match='no checkpoint'):
         load_weights(resnet18_32x32(), tmp_path)
+
+
+def test_published_weights_that_cannot_be_had_are_friendly_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise URLError('no net')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    fails(lambda: load_weights(resnet20(), 'resnet20'), contains='resnet20 could not be fetched (URLError')
+    place = tmp_path / 'checkpoints/resnet20-12fca82f.th'
+    for content in b'', b'hello':
+        place.write_bytes(content)
+        fails(lambda: load_weights(resnet20(), 'resnet20'), contains=f'{place} is damaged')
+    state = resnet20(stats=None).state_dict()
+    torch.save({'state_dict': {f'module.{name}': o for name, o in state.items()}}, place)
+    assert same(load_weights(resnet20(), 'resnet20'), state)
+
+
+def test_networks_of_the_zoo_that_cannot_be_had_are_friendly_errors(tmp_path, monkeypatch):
+    registry = pytest.importorskip('pytorch_ood.model', reason='pytorch-ood is not installed: no zoo').registry
+    from aoe_nb.peers import zoo_model
+
+    name = 'wrn-40-2/cifar10/oe/s0'
+    place = tmp_path / 'checkpoints' / registry.get_model_info(name).file_name
+    place.parent.mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    for content in b'', b'hello':
+        place.write_bytes(content)
+        fails(lambda: zoo_model(name), contains=f'{place} is damaged')
+    state = wrn40_2(stats=None).state_dict()
+    torch.save(state, place)
+    assert same(zoo_model(name), state)
 
 
 def test_the_command(root, tmp_path, capsys, monkeypatch):
