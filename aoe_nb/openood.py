@@ -76,6 +76,7 @@ def openood_sets(
 )->dict: # {name: Listed}
     "The sets of a benchmark, all images there; a warning says which are not as many as in the protocol"
     table = openood_protocol(id)
+    root = Path(root).expanduser()
     which = [which] if isinstance(which, str) else list(which)
     known = [*table.group.unique(), *table.index]
     new = [o for o in which if o not in known]
@@ -85,7 +86,7 @@ def openood_sets(
     sets = {}
     missing = []
     for name,row in table.iterrows():
-        try: listed = read_list(Path(root)/'benchmark_imglist'/id/f'{row.list}.txt')
+        try: listed = read_list(root/'benchmark_imglist'/id/f'{row.list}.txt')
         except FileNotFoundError as e: missing.append(f'{name}: {e}')
         else: sets[name] = Listed(name, row.group, row.n, *listed, size, short)
     if missing:

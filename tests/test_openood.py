@@ -367,6 +367,11 @@ def test_a_lost_image_is_missed_where_the_others_are(root, tmp_path):
     fails(lambda: openood_sets(tmp_path), contains=str(tmp_path / 'images_largescale/tin/test/any/none.png'))
 
 
+def test_a_folder_may_be_below_home(root, monkeypatch):
+    monkeypatch.setenv('HOME', str(root.parent))
+    eq(list(openood_sets(f'~/{root.name}', which='test')), ['test'])
+
+
 def test_sets_are_chosen_by_names_that_there_are(root):
     eq(list(openood_sets(root, which='near')), ['cifar100', 'tin'])
     eq(list(openood_sets(root, which=['tin', 'test'])), ['test', 'tin'])
