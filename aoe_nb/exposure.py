@@ -27,6 +27,7 @@ from .attack import check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
 from .distributed import bare, part_of, same_buffers
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
+from .free import Staying, free_attacks
 from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, past_softmax, steeper
@@ -91,11 +92,25 @@ class OutlierExposure(Callback):
         self.seed = seed
         self.stream = OutlierStream(outliers, seed)
         self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
+        self._check_free()
+        self.staying = Staying() # outliers that a free attack moves
         self.gen = None # of the attacks, made on the device of the first batch
         self.aux = {} # the outliers' own BatchNorm statistics
         self.schedules = {} # of `lam` and `eps`
         self.off = None # calls off a pending replacement of BatchNorm
         self.before_lr_find = None # the state to go back to
+
+    def _check_free(self):
+        "Refuse settings that a free attack has no use for"
+        if not isinstance(self.attack, free_attacks): return
+        name = type(self.attack).__name__
+        if self.frac != 1:
+            raise ValueError(f'{name} leaves one in {self.attack.replays} of the outliers as it is: '
+                             'set replays for another share, and leave frac at 1')
+        if self.score not in (energy,joint_energy):
+            raise ValueError(f"{name} goes up the outliers' own loss, of which training knows the gradient, "
+                             'and can lower no score: leave out score=, or take FGSM or PGD')
+
 
 # %% ../nbs/05_exposure.ipynb #739eaded
 @patch
@@ -140,15 +155,6 @@ def _check_shape(self:OutlierExposure, logits, n):
                      f'this model gives {tuple(logits.shape)}{remedy}')
 
 @patch
-def _check_place(self:OutlierExposure, out, n_classes):
-    "Refuse a tuple in which another tensor than the first has the width of the classes"
-    if not isinstance(out, (tuple,list)) or not n_classes: return
-    widths = [o.shape[1] if isinstance(o, Tensor) and o.ndim == 2 else None for o in out]
-    if None in widths[:1] or n_classes in (widths[0],widths[0]-1) or n_classes not in widths: return
-    raise ValueError(f'the first of what the model gives has {widths[0]} numbers an image for {n_classes} classes: '
-                     'let it give the logits first, or call them "logits" in a dict')
-
-@patch
 def _check_head(self:OutlierExposure, logits, y, loss):
     "Refuse a head whose numbers are no logits, or whose labels are none that the loss and the score are for"
     self.checked = True
@@ -187,7 +193,6 @@ def _check_learner(self:OutlierExposure, learn):
         with no_random(): out = answers(learn.model, xb[0])
     except Exception: return # and so does a model
     logits = get_logits(out)
-    self._check_place(out, getattr(learn.dls, 'c', None))
     self._check_shape(logits, len(xb[0]))
     self._check_head(logits, yb[0], learn.loss_func)
 
@@ -314,6 +319,24 @@ def _checked_inliers(self:OutlierExposure):
     return x
 
 @patch
+def _outliers(self:OutlierExposure, n, like):
+    "The `n` outliers of a step, transformed and attacked"
+    def draw(n): return self._transformed(self.stream.draw(n), like)
+    if isinstance(self.attack, free_attacks):
+        drawn,moved = self.staying.next(n, self.attack, draw)
+        self._note_moved(drawn, moved.detach())
+    else:
+        drawn = draw(n)
+        moved = self._moved_out(drawn)
+        self._note_moved(drawn, moved)
+    return moved
+
+@patch
+def after_backward(self:OutlierExposure):
+    "Keep the gradients that outliers which stay have got"
+    self.staying.learn()
+
+@patch
 def before_batch(self:OutlierExposure):
     "Put outliers, transformed and attacked, behind the inliers of the batch"
     self._undo()
@@ -325,9 +348,7 @@ def before_batch(self:OutlierExposure):
     self.n = len(x)
     if self.draws:
         self._look_at_start()
-        out = self.stream.draw(max(1, round(self.ratio*self.n)))
-        out = self._transformed(out, x)
-        out = self._step_out(out)
+        out = self._outliers(max(1, round(self.ratio*self.n)), x)
         out = self._inputs(out).to(x.dtype)
         x = torch.cat([x, out])
     self.learn.xb = (x,)
@@ -425,12 +446,10 @@ def _note(self:OutlierExposure, term):
     if hasattr(self.learn, 'lr_finder'): self.learn.loss = self.loss_grad.clone()
 
 @patch
-def _step_out(self:OutlierExposure, x):
-    "The outliers `x` after the attack, of which the share that it changed is kept"
-    moved = self._moved_out(x)
+def _note_moved(self:OutlierExposure, x, moved):
+    "Keep which share of the outliers `x` the attack has changed"
     changed = (moved != x).flatten(1).any(1)
     self.seen['moved'].append(changed.float().mean())
-    return moved
 
 # %% ../nbs/05_exposure.ipynb #05000006
 @patch(as_prop=True)
@@ -591,8 +610,8 @@ def state_dict(self:OutlierExposure):
     names = {module: name for name,module in bare(self.model).named_modules()} | self.layer_names
     aux = {names[layer]: (mean.clone(),var.clone()) for layer,(mean,var) in self.aux.items()}
     gen = None if self.gen is None else self.gen.get_state()
-    return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, epochs_done=self.epochs_done,
-                random_then=self.random_then, unlike=self.unlike or self._unfinished())
+    return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, staying=self.staying.state_dict(),
+                epochs_done=self.epochs_done, random_then=self.random_then, unlike=self.unlike or self._unfinished())
 
 @patch
 def _unfinished(self:OutlierExposure):
@@ -617,6 +636,7 @@ def load_state_dict(self:OutlierExposure, sd):
     else:
         if self.gen is None: self.gen = torch.Generator(self.dls.device)
         self.gen.set_state(sd['gen'].cpu())
+    self.staying.load_state_dict(sd.get('staying', {}))
     for name in 'epochs_done','random_then','unlike': setattr(self, name, sd[name])
 
 # %% ../nbs/05_exposure.ipynb #05e00007
@@ -701,6 +721,8 @@ def _reasons(self:OutlierExposure, start):
         yield f'what was loaded is the state after epoch {self.epochs_done}, and not after {start}'
     elif len(self.random_then) != self.stream.world:
         yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
+    if self.stream.world > 1 and len(self.staying):
+        yield 'each process had outliers of its own that stay for some steps, and a file keeps those of one'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
     if self.stream.world > 2 and not getattr(self.model, 'find_unused_parameters', True):
         yield ('three or more processes add gradients in an order that changes after the first step, unless '
@@ -715,6 +737,7 @@ def _reasons(self:OutlierExposure, start):
 def _look_at_resumption(self:OutlierExposure):
     "Say what keeps this resumed run from being exact"
     reasons = list(self._reasons(self._start_epoch()))
+    if self.stream.world > 1: self.staying.forget()
     if reasons: warnings.warn('this run will differ from one without interruption: ' + '; '.join(reasons), stacklevel=2)
 
 @patch
@@ -730,7 +753,7 @@ def resume(self:Learner,
     return max(done)+1
 
 # %% ../nbs/05_exposure.ipynb #f2991b03
-_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending'
+_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending','staying'
 _empty_in_exports = 'aux','schedules','seen'
 _of_this_run = 'epochs_done','random_then','layer_names','epoch_ran','unlike'
 
@@ -746,6 +769,7 @@ def __setstate__(self:OutlierExposure, d):
         d = kept | dict(learn=d['learn'])
     self.__dict__.update({k: None for k in _not_exported})
     self.__dict__.update({k: {} for k in _empty_in_exports})
+    self.staying = Staying()
     self.__dict__.update(d)
 
 class _Room:

@@ -55,13 +55,12 @@ def with_stats(net, stats):
 
 # %% ../nbs/10_models.ipynb #10a00002
 def get_logits(out):
-    "The logits in what a network gives: a tensor, the first of several, or `logits` in a dict or an object"
+    "The logits in what a network gives: a tensor, or the attribute `logits` of an object"
     if isinstance(out, Tensor): return out
-    found = out.get('logits') if isinstance(out, Mapping) else getattr(out, 'logits', None)
-    if found is None and isinstance(out, (tuple,list)) and out: found = out[0]
+    found = getattr(out, 'logits', None)
     if found is not None: return get_logits(found)
-    raise ValueError('logits of shape (N, C) are needed: a tensor, the first of a tuple or list, or "logits" in '
-                     f'a dict or an object; this model gives {type(out).__name__}')
+    raise ValueError(f'logits of shape (N, C) are needed, and this model gives {type(out).__name__}, which does not '
+                     'say where they are: let it return the logits alone, or an object that has them as `.logits`')
 
 def each_tensor(out, f):
     "What a network gives, with `f` of each tensor in it"

@@ -614,10 +614,8 @@ def loss_of(get):
 
 
 WRAPS = {
-    'tuple': (lambda z: (z, z.exp(), None), lambda o: o[0]),
-    'list': (lambda z: [z, dict(z=z)], lambda o: o[1]['z']),
     'namedtuple': (lambda z: Named(z, 2 * z), lambda o: o.aux / 2),
-    'dict': (lambda z: dict(logits=z, scale=torch.ones(())), lambda o: o['logits'] * o['scale']),
+    'namedtuple of more': (lambda z: Named(z, [z, dict(z=z)]), lambda o: o.aux[1]['z']),
     'object': (Out, lambda o: o.logits),
     'dict and object': (
         lambda z: LikeHuggingFace(logits=z, hidden=(z,)),
@@ -696,8 +694,20 @@ def test_inliers_are_attacked_by_the_networks_own_loss(kind):
     agree(dict(enumerate(weights(got))), dict(enumerate(weights(want))))
 
 
-@pytest.mark.parametrize('wrap', [lambda z: None, lambda z: dict(features=z), lambda z: (), lambda z: 'logits'])
-def test_outputs_without_logits_are_refused(wrap):
+UNNAMED = {
+    'nothing': lambda z: None,
+    'text': lambda z: 'logits',
+    'empty tuple': lambda z: (),
+    'tuple': lambda z: (z, z.exp(), None),
+    'list': lambda z: [z],
+    'dict': lambda z: dict(logits=z),
+    'features': lambda z: dict(features=z),
+}
+
+
+@pytest.mark.parametrize('kind', UNNAMED)
+def test_outputs_that_name_no_logits_are_refused(kind):
+    wrap = UNNAMED[kind]
     learn = new_learner(Gives(wrap), lambda out, y: torch.zeros((), requires_grad=True))
     for f in learn.ood_scores, learn.id_report:
         with pytest.raises(ValueError, match=r'logits of shape \(N, C\)'), silent(learn):
@@ -705,6 +715,12 @@ def test_outputs_without_logits_are_refused(wrap):
     for attack in None, FGSM(8 / 255):
         with pytest.raises(ValueError, match=r'logits of shape \(N, C\)'), silent(learn):
             learn.expose(CHINA, attack=attack).fit(1)
+
+
+def test_inliers_alone_need_no_logits():
+    kw = dict(lam=0.0, attack=None, attack_in=FGSM(8 / 255), bn='inliers')
+    got = fitted(Gives(lambda z: (z.exp(), z)), loss_of(lambda o: o[1]), **kw)
+    agree(dict(enumerate(weights(got))), dict(enumerate(weights(fitted(new_net(), **kw)))))
 
 
 def test_outputs_that_cannot_be_split_are_refused():

@@ -1,6 +1,7 @@
 "What a learner is trained for: `expose` takes what has a meaning, and says at once what has none, and why."
 
 import copy, subprocess, sys, warnings
+from collections import namedtuple
 from functools import partial
 import numpy as np
 import pandas as pd
@@ -126,10 +127,15 @@ def head(f):
     return Head()
 
 
+Named = namedtuple('Named', 'logits aux')
 PAST_SOFTMAX = {
     'layer': (lambda: net(3, nn.LogSoftmax(1)), nn.NLLLoss(), 'LogSoftmax'),
     'function': (lambda: head(lambda z: z.log_softmax(1)), F.nll_loss, 'LogSoftmax'),
-    'in a tuple': (lambda: head(lambda z: (z.log_softmax(1), z)), lambda p, y: F.nll_loss(p[0], y), 'LogSoftmax'),
+    'in an object': (
+        lambda: head(lambda z: Named(z.log_softmax(1), z)),
+        lambda p, y: F.nll_loss(p.logits, y),
+        'LogSoftmax',
+    ),
     'in half': (
         lambda: head(lambda z: z.log_softmax(1).bfloat16()),
         lambda p, y: F.nll_loss(p.float(), y),
@@ -333,12 +339,16 @@ def test_without_outliers_any_head_will_do():
     fit(one.expose(CHINA, lam=0, attack_in=FGSM(8 / 255)), 1)
 
 
+@pytest.mark.parametrize('attack', [None, ATTACK])
 @pytest.mark.parametrize('wrap', [lambda z: (z, z), lambda z: dict(logits=z), lambda z: [z, None]])
-def test_tuples_and_dicts_are_read(wrap):
-    def loss(p, y):
-        return F.cross_entropy(p['logits'] if isinstance(p, dict) else p[0], y)
+def test_tuples_and_dicts_do_not_say_where_the_logits_are(wrap, attack):
+    learn = learner(head(wrap), loss=lambda p, y: torch.zeros((), requires_grad=True))
+    fails(lambda: learn.expose(CHINA, attack=attack), contains='an object that has them as `.logits`')
 
-    got = fit(learner(head(wrap), loss=loss).expose(CHINA, attack=ATTACK), 2, 0.05)
+
+def test_an_object_names_its_logits():
+    named = learner(head(lambda z: Named(z, None)), loss=lambda p, y: F.cross_entropy(p.logits, y))
+    got = fit(named.expose(CHINA, attack=ATTACK), 2, 0.05)
     want = fit(learner().expose(CHINA, attack=ATTACK), 2, 0.05)
     for p, q in zip(got.model.parameters(), want.model.parameters()):
         close(p, q, 1e-6)
@@ -462,24 +472,6 @@ def test_an_export_opens_without_the_library(photos, tmp_path):
         fails(lambda: fit(again, 1), contains='give them again')
         fit(again.expose(torch.rand(20, 3, 16, 16)), 1)
         eq(again.recorder.metric_names[3:], ['accuracy', 'out_loss', 'energy_gap', 'time'])
-
-
-def test_logits_that_are_not_the_first_of_a_tuple():
-    class Dls(DataLoaders):
-        c = 3
-
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(*net()[:-1])
-            self.head = nn.Linear(64, 3)
-
-        def forward(self, x):
-            features = self.body(x)
-            return features, self.head(features)
-
-    learn = Learner(Dls(*loaders(Y).loaders), Both(), loss_func=lambda p, y: F.cross_entropy(p[1], y))
-    fails(lambda: learn.expose(CHINA, attack=ATTACK), contains='let it give the logits first')
 
 
 # Evaluation
