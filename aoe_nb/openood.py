@@ -132,6 +132,7 @@ def openood_report(
     "OpenOOD's table from scores"
     odd = [name for name,(group,_) in outs.items() if group not in ('near','far')]
     if odd or not outs: raise ValueError(f'every set of outliers is near or far: {", ".join(odd) or "there is none"}')
+    if not 0 <= accuracy <= 1: raise ValueError(f'accuracy is a share, between 0 and 1, not {accuracy}')
     rows = {}
     for group in ('near','far'):
         of = {name: openood_metrics(scores_in, s) for name,(own,s) in outs.items() if own == group}
@@ -231,7 +232,8 @@ def _runs(reports):
     "One or several reports as a list, all of one benchmark, score and attack"
     reports = [reports] if isinstance(reports, pd.DataFrame) else list(reports)
     about = [{k: v for k,v in o.attrs.items() if k != 'seed'} for o in reports]
-    if not reports or any(o != about[0] for o in about):
+    theirs = all('ACC' in o and o.index.equals(reports[0].index) for o in reports)
+    if not reports or not theirs or any(o != about[0] for o in about):
         raise ValueError('give one or more reports of one benchmark, score and attack')
     return reports
 
@@ -249,9 +251,10 @@ def openood_row(
     name='ours', # of the method
 )->str: # | name | near AUROC | far AUROC | accuracy |
     "The row of OpenOOD's table that these runs are worth"
-    table = openood_table(reports)
+    runs = _runs(reports)
+    table = openood_table(runs)
     cells = table.AUROC['nearood'],table.AUROC['farood'],table.ACC.iloc[0]
-    if len(_runs(reports)) == 1: cells = [o.split(' ')[0] for o in cells]
+    if len(runs) == 1: cells = [o.split(' ')[0] for o in cells]
     return f'| {name} | {" | ".join(cells)} |'
 
 # %% ../nbs/28_openood.ipynb #27o00025

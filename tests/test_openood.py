@@ -242,6 +242,16 @@ def test_means_over_runs_have_the_populations_sd(root, learn):
     assert openood_row(runs).startswith('| ours | 82.00 ± 2.16 | 82.00 ± 2.16 |')
 
 
+def test_runs_come_in_any_collection_and_are_of_one_kind(root, learn):
+    run = learn.openood(root, score=doubt)
+    want = openood_row([run, run])
+    eq([openood_row((run, run)), openood_row(run for _ in range(2))], [want, want])
+    for other in run.drop(index='tin'), run[['AUROC', 'n']], pd.DataFrame():
+        for table in openood_table, openood_row:
+            fails(lambda: table([run, other]), contains='of one benchmark, score and attack')
+    fails(lambda: openood_report([0, 1], dict(a=('near', [1, 2])), 90.0), contains='between 0 and 1, not 90')
+
+
 @pytest.mark.parametrize('size,short', [(32, 32), (224, 256)])
 @pytest.mark.parametrize('shape', [(32, 32), (33, 32), (28, 28), (50, 71), (301, 211), (640, 33)], ids=str)
 def test_images_are_seen_as_openood_sees_them(shape, size, short, tmp_path):
