@@ -770,6 +770,25 @@ def test_a_missing_painter_is_a_friendly_error(monkeypatch, tmp_path):
     fails(lambda: aoe_nb.painted.painted('gan-cifar10'), contains='did not come with this package')
 
 
+def test_painted_outliers_are_kept_for_the_weights_that_made_them(monkeypatch, tmp_path):
+    import aoe_nb.data
+    from aoe_nb.data import outliers
+
+    def tiny(name):
+        made.append(name)
+        return painted_by(name, 8)
+
+    made, painted_by = [], aoe_nb.data.painted
+    monkeypatch.setattr(aoe_nb.data, 'painted', tiny)
+    monkeypatch.setattr(aoe_nb.data.sources, 'data_home', lambda: tmp_path)
+    for sha, n in ('11111111', 1), ('11111111', 1), ('22222222', 2):
+        monkeypatch.setattr(aoe_nb.data, 'painter_sha', lambda name, sha=sha: sha)
+        eq(len(outliers('gan-cifar10')), 8)
+        eq(len(made), n)
+    fails(lambda: outliers('gan-cifar10', size=16), contains='size= is for image files')
+    eq(len(outliers('gan-cifar10', size=32)), 8)
+
+
 # The networks of the outlier-exposure repository, where they and MNIST are on this disk
 
 # their published error on the 10,000 test images, in percent, and what we count on the first 500 of each class
