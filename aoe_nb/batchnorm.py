@@ -282,6 +282,14 @@ def _replace(layer, forward):
     return given
 
 @contextmanager
+def _in_eval_mode(layers):
+    "The `layers`, but nothing inside of them, in eval mode until the end of the block"
+    for layer in layers: layer.training = False
+    try: yield
+    finally:
+        for layer in layers: layer.training = True
+
+@contextmanager
 def _replaced(layers, forward):
     "The `layers` with another `forward`, until the end of the block"
     before = [(layer, _replace(layer, forward)) for layer in layers]
@@ -336,6 +344,8 @@ def replace_once(
     layers = [m for m in model.modules() if _mixes(m)]
     if any(isinstance(m, torch.jit.ScriptModule) for m in layers):
         raise ValueError('the layers of a scripted model cannot be replaced: train the model that was scripted')
+    frozen = getattr(forward, 'func', forward) is bn_frozen and all(_averages(m) for m in layers)
+    stays_compiled = frozen and isinstance(model, torch._dynamo.OptimizedModule)
     given = _given(model) # somebody else may have replaced the model's before
     original = model.forward
     def off(): _put(model, given)
@@ -347,6 +357,8 @@ def replace_once(
         images = _tracked(args[0]) if look and n < total else None
         if images is not None: args = images.clone(),*args[1:] # the model may write on it
         def run():
+            if stays_compiled:
+                with _in_eval_mode(layers): return original(*args, **kwargs)
             with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
         out = run()
         if images is not None and _sees(out, images, n, total):

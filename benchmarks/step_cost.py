@@ -1,7 +1,7 @@
 """What a training step costs, in units of one step of Outlier Exposure: every way, on the same model and batch.
 
-python benchmarks/step_cost.py                        # three networks, about half an hour on 2 idle cores
-python benchmarks/step_cost.py --models resnet20 --repeats 3 --out /tmp/cost.json
+python benchmarks/step_cost.py                        # three networks, about an hour on one core
+python benchmarks/step_cost.py --models resnet20 --repeats 3 --out cost.json
 
 Ways take turns, so that a slow minute falls on all of them. A ratio is that of one turn, and the file,
 results/benchmarks/step_cost.json, holds their median and quartiles, seconds, floating-point operations as
@@ -78,8 +78,11 @@ class Clock(Callback):
 
 
 def now():
+    "Seconds; on one thread those of the processor, so that other programs count less"
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -257,7 +260,7 @@ if __name__ == '__main__':
     parser.add_argument('--models', nargs='+', default=list(SIZES), choices=list(SIZES))
     parser.add_argument('--n', type=int, default=64, help='inliers in a batch, beside as many outliers')
     parser.add_argument('--repeats', type=int, default=8)
-    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--ways', nargs='+', help=f'only these, {UNIT!r} among them')
     parser.add_argument('--memory', help='print the megabytes of this way, and nothing else')
     parser.add_argument('--out', '--json', default=OUT)
