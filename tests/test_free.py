@@ -1,6 +1,7 @@
 "Outliers that stay, moved by the gradients of training: the right step, resumed, and out of nobody's way."
 
-import copy
+import copy, gc, re
+from pathlib import Path
 import pytest
 import torch
 from fastai.callback.schedule import SchedLin, ParamScheduler
@@ -10,7 +11,8 @@ from fastai.vision.all import Callback, set_seed
 from fastcore.test import test_eq as eq, test_fail as fails
 from test_callbacks import CHINA, TRAIN, fit, new_learner
 from test_resume import EPOCHS, fit as fit_epochs, new, whole_run
-from aoe_nb.attack import FGSM
+from aoe_nb.attack import FGSM, PGD
+from aoe_nb.batchnorm import bn_ways
 from aoe_nb.energy import uniform_ce
 from aoe_nb.free import FreeFGSM, FreePGD
 
@@ -119,3 +121,43 @@ def test_one_step_costs_no_pass_of_the_model():
         fit(learn, 1)
         passes[type(attack).__name__] = len(count) - len(learn.dls.valid) - n
     eq(passes['FGSM'] - passes['FreeFGSM'], n)
+
+
+def resident():
+    "Megabytes of this process, on Linux"
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(r'VmRSS:\s+(\d+)', status)[1]) / 1024
+
+
+class Memory(Callback):
+    "Megabytes after a hundred steps, when all is warm, and after the last"
+
+    order = 1000
+    run_valid = False
+
+    def before_fit(self):
+        self.seen = []
+
+    def after_batch(self):
+        if self.train_iter in (100, 300):
+            gc.collect()
+            self.seen.append(resident())
+
+
+WAYS = [(bn, attack) for bn in bn_ways for attack in (FGSM(EPS), FreeFGSM(EPS), PGD(EPS, 2), None)]
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs Linux')
+@pytest.mark.parametrize(
+    'bn,attack',
+    [
+        pytest.param(bn, attack, marks=[] if (bn, attack) == ('aux', FreeFGSM(EPS)) else pytest.mark.slow)
+        for bn, attack in WAYS
+    ],
+    ids=[f'{bn}, {type(attack).__name__}' for bn, attack in WAYS],
+)
+def test_memory_stays_flat_over_300_steps(bn, attack):
+    learn = new_learner(bs=8, cbs=Memory()).expose(CHINA, bn=bn, attack=attack)
+    fit(learn, -(-300 // len(learn.dls.train)))
+    warm, last = learn.memory.seen
+    assert last < warm + 20
