@@ -1,5 +1,6 @@
 "What the attacks promise for any image (range, distance, dtype, random state), and what they refuse."
 
+import subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from sklearn.datasets import load_digits
@@ -417,3 +418,8 @@ def test_pgd_in_l2_starts_no_worse_than_at_the_image(networks, steps):
             won = loss(x).mean().item() - at_image
             started = [end(generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
             assert sum(started) / 2 < at_image + 0.005 * won
+
+
+def test_scores_and_attacks_come_without_fastai():
+    code = 'import aoe_nb.energy, aoe_nb.attack, sys; sys.exit("fastai" in sys.modules or "pandas" in sys.modules)'
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
