@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
+from glob import escape
 from pydoc import locate
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,13 +26,13 @@ from fastai.torch_core import TensorImage, no_random, to_device
 from fastai.vision.augment import RandomErasing
 from .attack import check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
-from .distributed import bare, part_of, same_buffers
+from .distributed import bare, everywhere, part_of, same_buffers, whole
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
 from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, past_softmax, steeper
 from .resumption import Door, random_now, set_random
-from .stream import Numbered, OutlierStream, given
+from .stream import Numbered, OutlierStream, given, goes_on
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -605,7 +606,7 @@ def load_state_dict(self:OutlierExposure, sd):
         self.aux[modules[name]] = tuple(t.to(modules[name].running_mean.device) for t in both)
     if sd['gen'] is None: self.gen = None
     else:
-        if self.gen is None: self.gen = torch.Generator(self.dls.device)
+        if self.gen is None: self.gen = torch.Generator(next(self.model.parameters()).device)
         self.gen.set_state(sd['gen'].cpu())
     for name in 'epochs_done','random_then','unlike': setattr(self, name, sd[name])
 
@@ -626,8 +627,9 @@ def before_epoch(self:OutlierExposure):
 
 @patch
 def after_train(self:OutlierExposure):
-    "Remember that this epoch was trained, and not skipped"
+    "Remember that this epoch was trained, and not skipped; its columns are those of all processes"
     self.epoch_ran = True
+    if self.stream.world > 1: self.seen = everywhere(self.seen, self.model)
 
 @patch
 def after_epoch(self:OutlierExposure):
@@ -692,6 +694,8 @@ def _reasons(self:OutlierExposure, start):
     elif len(self.random_then) != self.stream.world:
         yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
+    for dl in whole(self.dls.train),self.stream.source:
+        if goes_on(dl): yield 'the workers of a loader live on from epoch to epoch (persistent_workers=True)'
     if self.stream.world > 2 and not getattr(self.model, 'find_unused_parameters', True):
         yield ('three or more processes add gradients in an order that changes after the first step, unless '
                'DistributedDataParallelKwargs(find_unused_parameters=True) is among kwargs_handlers')
@@ -712,8 +716,8 @@ def resume(self:Learner,
     fname='model', # of `SaveModelCallback(every_epoch=True, with_opt=True, fname=fname)`
 )->int: # epochs done, for `fit(start_epoch=)`; 0 if there is no checkpoint
     "Load the last checkpoint of `SaveModelCallback`, if there is one"
-    folder = self.path/self.model_dir
-    numbers = [f.stem.rpartition('_')[2] for f in folder.glob(f'{fname}_*.pth')]
+    first = self.path/self.model_dir/f'{fname}_'
+    numbers = [f.stem.removeprefix(first.name) for f in first.parent.glob(f'{escape(first.name)}*.pth')]
     done = [int(o) for o in numbers if o.isdigit()]
     if not done: return 0
     self.load(f'{fname}_{max(done)}', with_opt=True)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,10 +13,10 @@ import pytest
 import torch
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import Callback, Learner, load_learner, set_seed
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, load_learner, set_seed
 from fastcore.test import test_eq as eq, test_fail as fails  # pytest collects what is called test_
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from aoe_nb.attack import PGD
 from aoe_nb.data import Images, inliers, outliers
@@ -37,13 +38,16 @@ def net():
     )
 
 
-def new(folder, source=china.x, save=True, cbs=(), **kw):
+def drawn():
+    return few.dls(16, valid=few, batch_tfms=RandomCropFlip(2), seed=None, device='cpu')
+
+
+def new(folder, source=china.x, save=True, cbs=(), dls=drawn, **kw):
     "An exposed learner with everything that draws random numbers: shuffling, transforms, dropout and attack"
-    dls = few.dls(16, valid=few, batch_tfms=RandomCropFlip(2), seed=None, device='cpu')
     model = net()
     model(few.x[:1].float())
     own = [SaveModelCallback(every_epoch=True, with_opt=True, fname='m')] if save else []
-    learn = Learner(dls, model, path=folder, cbs=[*own, *cbs], train_bn=True, metrics=[])
+    learn = Learner(dls(), model, loss_func=CrossEntropyLossFlat(), path=folder, cbs=[*own, *cbs], train_bn=True, metrics=[])
     kw = dict(attack=PGD(16 / 255, 2), bn='aux') | kw
     return learn.expose(source() if callable(source) and not hasattr(source, 'sample') else source, **kw)
 
@@ -129,6 +133,48 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, epoc
 def test_every_kind_of_source_goes_on(tmp_path, source):
     want = whole_run(tmp_path / 'a', source=source)
     assert torch.equal(interrupted(tmp_path / 'b', Kill(2, 'batch'), source=source), want)
+
+
+def generator():
+    return torch.Generator().manual_seed(5)
+
+
+LOADERS = dict(
+    shuffled=lambda: dict(shuffle=True),
+    generator=lambda: dict(shuffle=True, generator=generator()),
+    sampler=lambda: dict(sampler=WeightedRandomSampler(torch.ones(48), 48, generator=generator())),
+)
+
+
+def pytorchs(**kw):
+    "PyTorch's loaders of inliers"
+    ds = TensorDataset(few.x.float() / 255, few.y)
+    return DataLoaders(DataLoader(ds, 16, **kw), DataLoader(ds, 16), device='cpu')
+
+
+def sampled():
+    "Outliers by a sampler that was given a generator"
+    return DataLoader(china.x[:60], batch_size=7, sampler=RandomSampler(range(60), generator=generator()))
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_pytorchs_loaders_go_on(tmp_path, kind):
+    "With the generators of their samplers; and an attack asks for a device, which they do not have"
+    kw = dict(source=sampled, dls=lambda: pytorchs(**LOADERS[kind]()))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        want = whole_run(tmp_path / 'a', **kw)
+        assert torch.equal(interrupted(tmp_path / 'b', Kill(2, 'batch'), **kw), want)
+
+
+def test_resume_finds_its_own_files(tmp_path):
+    "Beside those of another callback, wherever they are"
+    other = SaveModelCallback(every_epoch=True, fname='m_best')
+    fit(new(tmp_path, cbs=[other]), n=2)
+    for epoch in 7, 8:
+        shutil.copy(tmp_path / 'models/m_best_0.pth', tmp_path / f'models/m_best_{epoch}.pth')
+    assert new(tmp_path).resume('m') == 2
+    assert new(tmp_path / 'elsewhere').resume(str(tmp_path / 'models/m')) == 2
 
 
 def test_killed_before_the_first_checkpoint_it_starts_over(tmp_path):
@@ -259,6 +305,8 @@ def test_reasons(tmp_path):
     assert 'middle of an epoch' in said(loaded(tmp_path / 'c/models/m_1', save=False), 2)
     fit(new(tmp_path / 'd', cbs=[GradientAccumulation(32)]), n=2)
     assert 'accumulated' in said(loaded(tmp_path / 'd/models/m_0', save=False), 1)
+    workers = DataLoader(china.x, 16, num_workers=1, persistent_workers=True)
+    assert 'workers of a loader live on' in said(loaded(model, source=workers, save=False), 2)
 
 
 def test_other_outliers_are_named(tmp_path):
