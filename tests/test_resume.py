@@ -47,7 +47,9 @@ def new(folder, source=china.x, save=True, cbs=(), dls=drawn, **kw):
     model = net()
     model(few.x[:1].float())
     own = [SaveModelCallback(every_epoch=True, with_opt=True, fname='m')] if save else []
-    learn = Learner(dls(), model, loss_func=CrossEntropyLossFlat(), path=folder, cbs=[*own, *cbs], train_bn=True, metrics=[])
+    learn = Learner(
+        dls(), model, loss_func=CrossEntropyLossFlat(), path=folder, cbs=[*own, *cbs], train_bn=True, metrics=[]
+    )
     kw = dict(attack=PGD(16 / 255, 2), bn='aux') | kw
     return learn.expose(source() if callable(source) and not hasattr(source, 'sample') else source, **kw)
 
