@@ -25,7 +25,7 @@ from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import TensorImage, no_random, to_device
 from fastai.vision.augment import RandomErasing
 from .attack import check_attack, check_eps, eval_mode
-from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
+from .batchnorm import as_outliers, bn_inliers, bn_ways, refuse_scripted, replace_once
 from .distributed import bare, everywhere, part_of, same_buffers, whole
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
 from .heads import answers, first_images, inner_loss, loss_name, task_of
@@ -66,6 +66,7 @@ class OutlierExposure(Callback):
     run_valid = False
     remove_on_fetch = True # predictions amid training leave its columns alone
     checked = False # whether the learner's head was looked at
+    past = '' # the softmax that its outputs have been through
     given = None # `lam` and the attack, while schedules change them
     pending = None # what BatchNorm shall do in the training pass
     def __init__(self, # noqa: PLR0913
@@ -130,6 +131,13 @@ def _reads(self:OutlierExposure, *names):
     "Whether the loss, or the score that an attack lowers, is one of those"
     return inner_loss(self.loss_out) in names or self.attack is not None and self.score in names
 
+_of_classes = _uniform,energy_margin,energy,msp,entropy
+
+@patch
+def _is_known(self:OutlierExposure):
+    "Whether it is known what the loss, or the score, asks of the outputs"
+    return self._reads(*_of_classes, _no_label, joint_energy)
+
 @patch
 def _check_shape(self:OutlierExposure, logits, n):
     "Refuse logits that are not those of `n` images"
@@ -144,8 +152,8 @@ def _check_shape(self:OutlierExposure, logits, n):
 def _check_head(self:OutlierExposure, logits, y, loss):
     "Refuse a head whose numbers are no logits, or whose labels are none that the loss and the score are for"
     self.checked = True
-    of_classes = self._reads(_uniform, energy_margin, energy, msp, entropy)
-    if not of_classes and not self._reads(_no_label, joint_energy): return
+    if not self._is_known(): return
+    of_classes = self._reads(*_of_classes)
     task = task_of(y.as_subclass(Tensor).to(logits.device), logits, loss) if isinstance(y, Tensor) else 'classes'
     name = loss_name(loss)
     if task == 'numbers':
@@ -157,7 +165,12 @@ def _check_head(self:OutlierExposure, logits, y, loss):
     if name.lower().replace('_', '') in ('bceloss','binarycrossentropy') and task == 'labels':
         raise ValueError(f'{name} takes probabilities, the energy takes logits: leave the sigmoid out of the model '
                          'and train with BCEWithLogitsLoss')
-    kind = past_softmax(logits)
+    self._check_past(past_softmax(logits))
+
+@patch
+def _check_past(self:OutlierExposure, kind):
+    "Refuse outputs that have been through a softmax, or say once what they do not tell"
+    if kind == self.past or not self._is_known(): return
     if kind == 'Softmax' or kind and self._reads(energy, joint_energy, energy_margin, _no_label):
         raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
                          'leave that layer out and train with cross-entropy, which has it inside')
@@ -165,11 +178,13 @@ def _check_head(self:OutlierExposure, logits, y, loss):
         warnings.warn('the model ends in a LogSoftmax: outlier exposure works, but energies stay at zero, and the '
                       "column energy_gap with them. Score with 'msp', or leave that layer out and train with "
                       'cross-entropy', stacklevel=2)
+    self.past = kind
 
 @patch
 def _check_learner(self:OutlierExposure, learn):
     "Look at a few training images and at what the model gives for them, where both can be asked"
     if not self.lam and self.attack_in is None: return
+    if self.bn_forward: refuse_scripted(bare(learn.model))
     try:
         with no_random(): xb,yb = first_images(learn)
     except Exception: return # a loader that cannot be read says so itself when it is used
@@ -350,6 +365,8 @@ def after_pred(self:OutlierExposure):
     total = len(self.xb[0])
     self._check_shape(logits, total)
     if not self.checked: self._check_head(logits[:self.n], self.yb[0], self.learn.loss_func)
+    elif not self.asked: self._check_past(past_softmax(logits)) # in training it may give something else
+    self.asked = True
     def inliers(t): return t[:self.n] if t.ndim and len(t) == total else t
     self.learn.pred = each_tensor(self.pred, inliers)
     if len(get_logits(self.pred)) != self.n:
@@ -396,6 +413,7 @@ def _begin(self:OutlierExposure):
     self._show_columns()
     self.trained = False
     self.looked = False
+    self.asked = False # nor what the model gives
     self.apart = False # not yet looked at
 
 @patch
