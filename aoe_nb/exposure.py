@@ -616,6 +616,9 @@ def load_state_dict(self:OutlierExposure, sd):
     modules = dict(bare(self.model).named_modules())
     missing = [name for name in sd['aux'] if name not in modules]
     if missing: raise ValueError(f"the state has the outliers' statistics of {missing[0]}, which this model lacks")
+    for name,both in sd['aux'].items():
+        if any(t.shape != modules[name].running_mean.shape for t in both):
+            raise ValueError(f"the outliers' statistics of {name} have another shape in the state")
     self.stream.load_state_dict(sd['stream'])
     self.before_lr_find = None
     self.layer_names = {module: name for name,module in modules.items()}
@@ -681,8 +684,12 @@ def found(self:OutlierExposure, state):
     self.epochs_done = 0
     self.unlike = 'what was loaded does not say where the outliers were: save and load with_opt=True'
     if state is None: return
+    before = self.state_dict()
     try: self.load_state_dict(state)
     except ValueError as e: self.unlike = str(e)
+    except Exception as e:
+        self.load_state_dict(before)
+        self.unlike = f'the state of the outliers that was loaded is damaged ({type(e).__name__}: {e})'
 
 # %% ../nbs/05_exposure.ipynb #05e00010
 @patch
@@ -738,7 +745,11 @@ def resume(self:Learner,
     numbers = [f.stem.removeprefix(first.name) for f in first.parent.glob(f'{escape(first.name)}*.pth')]
     done = [int(o) for o in numbers if o.isdigit()]
     if not done: return 0
-    self.load(f'{fname}_{max(done)}', with_opt=True)
+    try: self.load(f'{fname}_{max(done)}', with_opt=True)
+    except Exception as e:
+        why = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise ValueError(f'cannot go on from {first}{max(done)}.pth ({why}): '
+                         'remove it to go on from the one before') from e
     return max(done)+1
 
 # %% ../nbs/05_exposure.ipynb #f2991b03

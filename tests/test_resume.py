@@ -317,6 +317,43 @@ def test_other_outliers_are_named(tmp_path):
     assert f'that of {len(china)} outliers, these are 60' in said(learn, 2)
 
 
+def no_state(sd):
+    return [1, 2]
+
+
+def without_stream(sd):
+    return {k: v for k, v in sd.items() if k != 'stream'}
+
+
+def other_layers(sd):
+    return sd | dict(aux={name: (torch.zeros(3), torch.zeros(3)) for name in sd['aux']})
+
+
+def other_generator(sd):
+    return sd | dict(stream=sd['stream'] | dict(gen=torch.zeros(3)))
+
+
+@pytest.mark.parametrize('damage', [no_state, without_stream, other_layers, other_generator])
+def test_a_damaged_state_is_named_and_the_run_goes_on(tmp_path, damage):
+    fit(new(tmp_path), n=2)
+    file = tmp_path / 'models/m_1.pth'
+    state = torch.load(file, weights_only=False)
+    state['opt']['outlier_exposure'] = damage(state['opt']['outlier_exposure'])
+    torch.save(state, file)
+    why = 'have another shape' if damage is other_layers else 'is damaged'
+    assert why in said(new(tmp_path, save=False).load('m_1'), 2)
+
+
+def test_resume_names_a_file_that_was_cut(tmp_path):
+    fit(new(tmp_path), n=2)
+    file = tmp_path / 'models/m_1.pth'
+    file.write_bytes(file.read_bytes()[:-1000])
+    fails(lambda: new(tmp_path).resume('m'), contains='models/m_1.pth')
+    fails(lambda: new(tmp_path).resume('m'), contains='remove it to go on from the one before')
+    file.unlink()
+    eq(new(tmp_path).resume('m'), 1)
+
+
 def test_going_on_without_start_epoch_says_nothing(tmp_path):
     fit(new(tmp_path), n=2)
     eq(said(new(tmp_path, save=False).load('m_1'), 0, 1), '')
