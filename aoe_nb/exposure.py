@@ -582,6 +582,7 @@ OutlierExposure.epochs_done = 0 # trained so far
 OutlierExposure.random_then = None # random numbers at the end of the last of them, in each process
 OutlierExposure.unlike = None # why what was loaded is not the state of this training
 OutlierExposure.epoch_ran = False # whether this epoch trains, and is not skipped
+OutlierExposure.validated = False # and whether its validation is over
 OutlierExposure.layer_names = {} # their names
 
 @patch
@@ -600,13 +601,15 @@ def state_dict(self:OutlierExposure):
     names = {module: name for name,module in bare(self.model).named_modules()} | self.layer_names
     aux = {names[layer]: (mean.clone(),var.clone()) for layer,(mean,var) in self.aux.items()}
     gen = None if self.gen is None else self.gen.get_state()
+    if self.epoch_ran and self.validated and self.stream.world == 1: self._note_end() # others may have drawn since
     return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, epochs_done=self.epochs_done,
                 random_then=self.random_then, unlike=self.unlike or self._unfinished())
 
 @patch
 def _unfinished(self:OutlierExposure):
     "What is going on that a checkpoint does not hold, None if nothing is"
-    if getattr(self.learn, 'training', False): return 'it was saved in the middle of an epoch'
+    amid = self.epoch_ran and not self.validated
+    if amid or getattr(self.learn, 'training', False): return 'it was saved in the middle of an epoch'
     waiting = getattr(getattr(self.learn, 'gradient_accumulation', None), 'count', 0)
     return 'it was saved while gradients were being accumulated' if waiting else None
 
@@ -641,6 +644,7 @@ def _start_epoch(self:OutlierExposure):
 def before_epoch(self:OutlierExposure):
     "Take this process's part, and say why a resumed run cannot be exact"
     self.epoch_ran = False
+    self.validated = False
     self._attach(self.learn)
     if self.stream is None: return
     self._take_part()
@@ -653,13 +657,25 @@ def after_train(self:OutlierExposure):
     if self.stream.world > 1: self.seen = everywhere(self.seen, self.model)
 
 @patch
+def _note_end(self:OutlierExposure):
+    "Note where this epoch ended"
+    self.epochs_done = self.epoch+1
+    self.unlike = None
+    self.random_then = self._random_everywhere()
+
+@patch
+def after_validate(self:OutlierExposure):
+    "Note the end of an epoch already here, for callbacks that keep a checkpoint before it is our turn"
+    if not self.epoch_ran: return
+    self.validated = True
+    self._note_end()
+
+@patch
 def after_epoch(self:OutlierExposure):
     "Note where an epoch ended, or go there when the epochs before the first have been skipped"
     if self.epoch_ran:
         self.epoch_ran = False
-        self.epochs_done = self.epoch+1
-        self.unlike = None
-        self.random_then = self._random_everywhere()
+        self._note_end()
     elif self.epoch+1 == self._start_epoch() == self.epochs_done: self._go_there()
 
 @patch
@@ -755,7 +771,7 @@ def resume(self:Learner,
 # %% ../nbs/05_exposure.ipynb #f2991b03
 _not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending'
 _empty_in_exports = 'aux','schedules','seen'
-_of_this_run = 'epochs_done','random_then','layer_names','epoch_ran','unlike'
+_of_this_run = 'epochs_done','random_then','layer_names','epoch_ran','validated','unlike'
 
 @patch
 def __getstate__(self:OutlierExposure):

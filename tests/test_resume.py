@@ -281,6 +281,41 @@ def said(learn, start, n=EPOCHS):
     return ' '.join(str(o.message) for o in seen if 'will differ' in str(o.message))
 
 
+class Keeps(Callback):
+    "A checkpoint as users write it, before or after other callbacks have their turn"
+
+    def __init__(self, order, event='after_epoch'):
+        self.order = order
+        setattr(self, event, self.keep)
+
+    def keep(self):
+        torch.rand(1)
+        self.learn.save(f'm_{self.epoch}', with_opt=True)
+
+
+@pytest.mark.parametrize('order', [-5, 0, 70])
+def test_checkpoints_of_ones_own(tmp_path, order):
+    def run(f, name, **kw):
+        return f(tmp_path / name, save=False, cbs=[Keeps(order)], **kw)
+
+    want = run(whole_run, 'a')
+    set_seed(3)
+    with pytest.raises(Killed):
+        fit(new(tmp_path / 'b', save=False, cbs=[Keeps(order), Kill(2, 'batch')]))
+    torch.manual_seed(99)
+    learn = run(new, 'b')
+    eq(learn.resume('m'), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert torch.equal(fit(learn, 2), want)
+
+
+def test_a_checkpoint_before_the_end_of_validation_says_so(tmp_path):
+    fit(new(tmp_path, save=False, cbs=[Keeps(0, 'before_validate')]), n=2)
+    for start in 1, 2:
+        assert 'middle of an epoch' in said(new(tmp_path, save=False).load('m_1'), start)
+
+
 class InBetween(Callback):
     "A checkpoint in the middle of an epoch"
 
