@@ -6,7 +6,7 @@
 __all__ = ['OutlierExposure']
 
 # %% ../nbs/05_exposure.ipynb #d8e0d17b
-import cloudpickle, io, math, torch, torch.nn.functional as F, warnings
+import cloudpickle, io, math, re, torch, torch.nn.functional as F, warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -584,6 +584,8 @@ OutlierExposure.unlike = None # why what was loaded is not the state of this tra
 OutlierExposure.epoch_ran = False # whether this epoch trains, and is not skipped
 OutlierExposure.validated = False # and whether its validation is over
 OutlierExposure.layer_names = {} # their names
+OutlierExposure.settings_then = None # of the run that was loaded
+OutlierExposure.checksum_then = None # and of its outliers
 
 @patch
 def _random_everywhere(self:OutlierExposure):
@@ -596,6 +598,14 @@ def _random_everywhere(self:OutlierExposure):
 
 # %% ../nbs/05_exposure.ipynb #05e00005
 @patch
+def _settings(self:OutlierExposure):
+    "What a run depends on beside where it is, in words that are the same in another process"
+    lam,attack = self.given or (self.lam,self.attack)
+    values = dict(lam=lam, attack=attack, attack_in=self.attack_in, bn=self.bn, ratio=self.ratio, frac=self.frac,
+                  loss=self.loss_out, score=self.score, seed=self.seed)
+    return {name: re.sub(' at 0x[0-9a-f]+', '', repr(value)) for name,value in values.items()}
+
+@patch
 def state_dict(self:OutlierExposure):
     "Where outliers and attacks are, the outliers' own BatchNorm statistics, and the end of the last epoch"
     names = {module: name for name,module in bare(self.model).named_modules()} | self.layer_names
@@ -603,7 +613,9 @@ def state_dict(self:OutlierExposure):
     gen = None if self.gen is None else self.gen.get_state()
     if self.epoch_ran and self.validated and self.stream.world == 1: self._note_end() # others may have drawn since
     return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, epochs_done=self.epochs_done,
-                random_then=self.random_then, unlike=self.unlike or self._unfinished())
+                random_then=self.random_then, unlike=self.unlike or self._unfinished(),
+                settings=self.settings_then or self._settings(),
+                checksum=self.stream.checksum() if self.checksum_then is None else self.checksum_then)
 
 @patch
 def _unfinished(self:OutlierExposure):
@@ -633,6 +645,8 @@ def load_state_dict(self:OutlierExposure, sd):
         if self.gen is None: self.gen = torch.Generator(next(self.model.parameters()).device)
         self.gen.set_state(sd['gen'].cpu())
     for name in 'epochs_done','random_then','unlike': setattr(self, name, sd[name])
+    self.settings_then = sd.get('settings')
+    self.checksum_then = sd.get('checksum')
 
 # %% ../nbs/05_exposure.ipynb #05e00007
 @patch
@@ -661,6 +675,8 @@ def _note_end(self:OutlierExposure):
     "Note where this epoch ended"
     self.epochs_done = self.epoch+1
     self.unlike = None
+    self.settings_then = None
+    self.checksum_then = None
     self.random_then = self._random_everywhere()
 
 @patch
@@ -698,6 +714,8 @@ def keeps_state(self:OutlierExposure):
 def found(self:OutlierExposure, state):
     "Go on from the `state` that a file had, None if it had none, or remember why that cannot be"
     self.epochs_done = 0
+    self.settings_then = None
+    self.checksum_then = None
     self.unlike = 'what was loaded does not say where the outliers were: save and load with_opt=True'
     if state is None: return
     before = self.state_dict()
@@ -734,6 +752,10 @@ def _reasons(self:OutlierExposure, start):
         yield f'what was loaded is the state after epoch {self.epochs_done}, and not after {start}'
     elif len(self.random_then) != self.stream.world:
         yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
+    now = self._settings()
+    for name,then in (self.settings_then or {}).items():
+        if then != now.get(name, then): yield f'{name} was {then}, and now it is {now[name]}'
+    if self.checksum_then not in (None,self.stream.checksum()): yield 'the outliers are other images'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
     for dl in whole(self.dls.train),self.stream.source:
         if goes_on(dl): yield 'the workers of a loader live on from epoch to epoch (persistent_workers=True)'
@@ -771,7 +793,8 @@ def resume(self:Learner,
 # %% ../nbs/05_exposure.ipynb #f2991b03
 _not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending'
 _empty_in_exports = 'aux','schedules','seen'
-_of_this_run = 'epochs_done','random_then','layer_names','epoch_ran','validated','unlike'
+_of_this_run = ('epochs_done','random_then','layer_names','epoch_ran','validated','unlike','settings_then',
+                'checksum_then')
 
 @patch
 def __getstate__(self:OutlierExposure):

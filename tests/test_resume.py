@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedR
 
 from aoe_nb.attack import PGD
 from aoe_nb.data import Images, inliers, outliers
+from aoe_nb.energy import uniform_ce
 from aoe_nb.exposure import OutlierExposure
 from aoe_nb.resumption import Door
 from aoe_nb.generate import Checkpoint
@@ -344,6 +345,32 @@ def test_reasons(tmp_path):
     assert 'accumulated' in said(loaded(tmp_path / 'd/models/m_0', save=False), 1)
     workers = DataLoader(china.x, 16, num_workers=1, persistent_workers=True)
     assert 'workers of a loader live on' in said(loaded(model, source=workers, save=False), 2)
+
+
+def test_other_settings_and_other_images_are_named(tmp_path):
+    def own(logits_in, logits_out):
+        return uniform_ce(logits_out).mean()
+
+    fit(new(tmp_path, loss=own), n=2)
+    for changed in (
+        dict(lam=1.0),
+        dict(bn='inliers'),
+        dict(attack=PGD(8 / 255, 2)),
+        dict(attack=None),
+        dict(frac=0.5),
+        dict(ratio=2.0),
+        dict(seed=1),
+        dict(loss='uniform'),
+    ):
+        (name,) = changed
+        learn = new(tmp_path, save=False, **dict(loss=own) | changed).load('m_1')
+        assert f'{name} was ' in said(learn, 2), changed
+    learn = new(tmp_path, source=china.x.flip(0), save=False, loss=own).load('m_1')
+    assert 'other images' in said(learn, 2)
+    twice = new(tmp_path / 'b', save=False, loss=own).load(tmp_path / 'models/m_1')
+    twice.save('m_1')  # as a callback does in an epoch that is skipped
+    assert 'lam was' in said(new(tmp_path / 'b', save=False, loss=own, lam=1.0).load('m_1'), 2)
+    eq(said(new(tmp_path / 'b', save=False, loss=own).load('m_1'), 2), '')
 
 
 def test_other_outliers_are_named(tmp_path):
