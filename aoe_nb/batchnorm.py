@@ -80,13 +80,18 @@ def _share(layer, x, n, total):
     raise RuntimeError(f'a BatchNorm layer ({type(layer).__name__}) got {len(x)} rows for {total} images: '
                        'cannot tell inliers from outliers, use bn="mixed"')
 
-def _apart(layer, x, n, total, f):
-    "`layer` of `x`: the inliers, first in it, normalised as ever, the outliers by `f(asked, outliers, inliers)`"
+def _apart(layer, x, n, total, f, at_once=None):
+    """`layer` of `x`: the inliers, first in it, normalised as ever, the outliers by `f(asked, outliers, inliers)`
+
+    `at_once(asked, border)` may normalise both in one go, or give None where it cannot.
+    """
     def normalise(asked):
         border = _share(layer, asked.input, n, total)
-        inliers = asked.input[:border]
+        res = at_once(asked, border) if at_once else None
+        if res is not None: return res
+        inliers,outliers = asked.input.split([border, len(asked.input)-border]) # cheaper to go back than two slices
         normal = asked.of(inliers) # updates the running averages, too
-        return torch.cat([normal, f(asked, asked.input[border:], inliers)])
+        return torch.cat([normal, f(asked, outliers, inliers)])
     before = {name: b.clone() for name,b in _averages(layer).items()}
     instead = _Instead(layer, normalise)
     with instead: res = layer.forward(x)
@@ -173,12 +178,61 @@ def norm_like(layer, x, ref):
     shift = bias + weight*inv*(mean.detach()-mean)
     return F.batch_norm(x, mean.detach(), var.detach(), scale, shift, False, 0., layer.eps)
 
+
+# %% ../nbs/04_batchnorm.ipynb #04000b02
+class _OneAffine(torch.autograd.Function):
+    "Normalise all of `x` with the batch statistics of its first `n` rows, which update the running averages"
+    @staticmethod
+    def forward(ctx, x, weight, bias, asked, n):
+        averages = asked.running_mean,asked.running_var
+        mean,var = torch.batch_norm_update_stats(x[:n], *averages, asked.momentum)
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.n = n
+        ctx.eps = asked.eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0., asked.eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x,weight,bias,mean,var = ctx.saved_tensors
+        if torch.is_grad_enabled(): return _differentiably(ctx, grad)
+        eps = ctx.eps
+        dx,dweight,dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, eps, [True, True, True])
+        inliers = x[:ctx.n]
+        inv = (var+eps).rsqrt()
+        share = inv if weight is None else weight*inv
+        share = share*x.shape[1]/inliers.numel()
+        # share*(dbias + (x-mean)*inv*dweight), as a line in x
+        slope = share*inv*dweight
+        offset = share*dbias - slope*mean
+        wide = [1,-1] + [1]*(x.ndim-2)
+        dx[:ctx.n].addcmul_(inliers, slope.view(wide), value=-1).sub_(offset.view(wide))
+        return dx,dweight if weight is not None else None,dbias if bias is not None else None,None,None
+
+def _differentiably(ctx, grad):
+    "The gradient as one that can be differentiated again, as a penalty on gradients asks for"
+    x,weight,bias,*_ = ctx.saved_tensors
+    y = norm_like(_Asked(x, weight=weight, bias=bias, eps=ctx.eps), x, x[:ctx.n])
+    given = [t for t in (x,weight,bias) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, given, grad, create_graph=True))
+    return *[next(found) if t is not None and t.requires_grad else None for t in (x,weight,bias)],None,None
+
+def _at_once(asked, n):
+    "All rows normalised with the statistics of the first `n`; None where PyTorch cannot do that in one call"
+    x = asked.input
+    alone = asked.group is None or distributed.get_world_size(asked.group) < 2
+    alike = all(t is None or t.dtype == x.dtype for t in (asked.running_mean,asked.weight,asked.bias))
+    several = x[:n].numel() > x.shape[1] # else there is no variance, and PyTorch says so
+    if asked.per_image or not (alone and alike and several) or not x.is_cpu: return None
+    if x.dtype not in (torch.float32,torch.float64) or torch.is_autocast_enabled('cpu'): return None
+    return _OneAffine.apply(x, asked.weight, asked.bias, asked, n)
+
 def bn_inliers(layer, x, n, total, aux):
     "Normalise outliers with the inliers' batch statistics, through which their gradient flows"
     def f(asked, outliers, inliers):
         if asked.per_image: return asked.of(outliers, running_mean=None, running_var=None)
         return norm_like(asked, outliers, inliers)
-    return _apart(layer, x, n, total, f)
+    return _apart(layer, x, n, total, f, _at_once)
 
 bn_ways = dict(mixed=None, inliers=bn_inliers, separate=bn_separate, aux=bn_aux, frozen=bn_frozen)
 
@@ -227,6 +281,14 @@ def _replace(layer, forward):
         finally: _put(layer, dict(forward=instead))
     _put(layer, dict(forward=instead))
     return given
+
+@contextmanager
+def _in_eval_mode(layers):
+    "The `layers`, but nothing inside of them, in eval mode until the end of the block"
+    for layer in layers: layer.training = False
+    try: yield
+    finally:
+        for layer in layers: layer.training = True
 
 @contextmanager
 def _replaced(layers, forward):
@@ -288,6 +350,8 @@ def replace_once(
     model = bare(model) # a wrapper would take our look at gradients for the end of a backward pass
     layers = [m for m in model.modules() if _mixes(m)]
     for layer in layers: refuse_scripted(layer)
+    frozen = getattr(forward, 'func', forward) is bn_frozen and all(_averages(m) for m in layers)
+    stays_compiled = frozen and isinstance(model, torch._dynamo.OptimizedModule)
     given = _given(model) # somebody else may have replaced the model's before
     original = model.forward
     def off(): _put(model, given)
@@ -299,6 +363,8 @@ def replace_once(
         images = _tracked(args[0]) if look and n < total else None
         if images is not None: args = images.clone(),*args[1:] # the model may write on it
         def run():
+            if stays_compiled:
+                with _in_eval_mode(layers): return original(*args, **kwargs)
             with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
         out = run()
         if images is not None and _sees(out, images, n, total):

@@ -174,7 +174,8 @@ def aoe_run( # noqa: PLR0913
     Experiments: starts, select, grid, hard (Square and PGD-50 on one start), second (another generator, on one start),
     recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
     the hard attacks), curve (two epochs, looked at on the way), samples (fewer outliers), adv and adv_mild (inliers
-    attacked), kinds (of outliers), sensitive (one setting at a time), defects (of the public code)"""
+    attacked), kinds (of outliers), sensitive (one setting at a time), defects (of the public code), free (attacks by
+    the gradients of training)"""
     ids = ids.split(',')
     _check_run('' if list else name, ids, model, device)
     seeds = _numbers(seeds, 'seeds')
@@ -337,12 +338,23 @@ def aoe_detect(
 # %% ../nbs/21_cli.ipynb #21m00002
 _archs = 'resnet18_32x32','resnet20','resnet32','resnet44','resnet56','wrn40_2','wrn16_4'
 
+def _of_runs(folder):
+    "The best checkpoint of each run in `folder`, which may be a run itself"
+    runs = [folder] if any(folder.glob('best*.ckpt')) else sorted({o.parent for o in folder.glob('s*/best*.ckpt')})
+    res = []
+    for run in runs:
+        found = sorted(run.glob('best*.ckpt'))
+        if run/'best.ckpt' in found: found = [run/'best.ckpt']
+        if len(found) > 1: raise ValueError(f'{run} has {len(found)} best checkpoints: name one for each run')
+        res += found
+    return res
+
 def _checkpoints(weights):
     "The files that `weights` names; of a folder those of its runs"
     if not weights: raise ValueError('give checkpoints, as in aoe_bench s0.pt,s1.pt --root data')
     paths = [Path(o) for o in weights.split(',')]
     if len(paths) == 1 and paths[0].is_dir():
-        paths = sorted(paths[0].glob('s*/best*.ckpt'))
+        paths = _of_runs(paths[0])
         if not paths: raise ValueError(f'{weights} has no s0/best.ckpt: give a folder of runs, or files')
     for path in paths:
         if not path.is_file(): raise ValueError(f'there is no file {path}: give checkpoints, separated by commas')
@@ -362,7 +374,10 @@ def _benched(path, id, arch):
     "The learner of a checkpoint or of an export"
     if path.suffix == '.pkl':
         from fastai.learner import load_learner
-        return load_learner(path)
+        try: return load_learner(path)
+        except Exception as e: # pickles raise whatever they like
+            raise ValueError(f'{path} cannot be opened as a learner ({type(e).__name__}): '
+                             'give a file that learn.export wrote') from None
     from aoe_nb import models
     from aoe_nb.openood import openood_learner
     return openood_learner(path, id, getattr(models, arch))
@@ -370,10 +385,13 @@ def _benched(path, id, arch):
 def _bench_sets(root, id, score):
     "All sets that a score needs, or an error that says what is missing; a detector is fitted to the training images"
     from aoe_nb.energy import scores
-    from aoe_nb.openood import openood_sets
+    from aoe_nb.openood import openood_protocol, openood_sets
     if score in scores: return openood_sets(root, id)
     from aoe_nb.peers import known_detector
     known_detector(score)
+    if 'train' not in openood_protocol(id).index:
+        raise ValueError(f'{score} is fitted to training images, and {id} comes without: choose from '
+                         f'{", ".join(scores)}, or give learn.openood a fitted score')
     return openood_sets(root, id, ('train','test','near','far'))
 
 def _bench_score(score, learn, sets):
@@ -381,6 +399,7 @@ def _bench_score(score, learn, sets):
     if 'train' not in sets: return score
     from aoe_nb.peers import pytorch_ood_score
     return pytorch_ood_score(score, learn, sets['train'].images())
+
 def _print_row(reports, id, name, path):
     "The table over runs, which is written to `path`, and the row among published ones"
     from aoe_nb.openood import openood_published, openood_row, openood_table

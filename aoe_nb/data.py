@@ -14,7 +14,7 @@ from . import sources
 from .images import Images
 from .loaders import ImageDL, Pixels, RandomCropFlip # noqa: F401 (were here, and give `Images` its loaders)
 from .loaders import as_pixels, batches_of, opened
-from .painted import painted
+from .painted import painted, painter_sha
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.model_selection import train_test_split
 
@@ -181,7 +181,7 @@ def _tin597():
 
 def _painted(name):
     "Outliers of a generator that came with the package, painted once"
-    path = sources.data_home()/'aoe_nb'/f'{name}.npz'
+    path = sources.data_home()/'aoe_nb'/f'{name}-{painter_sha(name)}.npz'
     x,_,_ = sources.cached(path, lambda: (painted(name).x.numpy(), None, None))
     return Images(x)
 
@@ -213,6 +213,10 @@ def outliers(
 )->Images: # without labels, unless the source names its classes
     "Outliers to expose in training; `.npy` files stay on disk and are read as they are drawn"
     res = named(source)
+    side = None if res is None else res.x.shape[-1]
+    if side and size not in (None,side):
+        raise ValueError(f'{source} are images of {side} pixels, and size= is for image files: leave it out, or write '
+                         'them to a folder first')
     if res is None: res = opened(source, size=size, name='the outliers')
     if isinstance(res, Images): return res
     name = Path(source).stem if isinstance(source, (str,Path)) else 'outliers'

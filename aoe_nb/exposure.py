@@ -28,6 +28,7 @@ from .attack import check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, refuse_scripted, replace_once
 from .distributed import bare, everywhere, part_of, same_buffers, whole
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
+from .free import Staying, free_attacks
 from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, past_softmax, steeper
@@ -93,11 +94,25 @@ class OutlierExposure(Callback):
         self.seed = seed
         self.stream = OutlierStream(outliers, seed)
         self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
+        self._check_free()
+        self.staying = Staying() # outliers that a free attack moves
         self.gen = None # of the attacks, made on the device of the first batch
         self.aux = {} # the outliers' own BatchNorm statistics
         self.schedules = {} # of `lam` and `eps`
         self.off = None # calls off a pending replacement of BatchNorm
         self.before_lr_find = None # the state to go back to
+
+    def _check_free(self):
+        "Refuse settings that a free attack has no use for"
+        if not isinstance(self.attack, free_attacks): return
+        name = type(self.attack).__name__
+        if self.frac != 1:
+            raise ValueError(f'{name} leaves one in {self.attack.replays} of the outliers as it is: '
+                             'set replays for another share, and leave frac at 1')
+        if self.score not in (energy,joint_energy):
+            raise ValueError(f"{name} goes up the outliers' own loss, of which training knows the gradient, "
+                             'and can lower no score: leave out score=, or take FGSM or PGD')
+
 
 # %% ../nbs/05_exposure.ipynb #739eaded
 @patch
@@ -320,6 +335,24 @@ def _checked_inliers(self:OutlierExposure):
     return x
 
 @patch
+def _outliers(self:OutlierExposure, n, like):
+    "The `n` outliers of a step, transformed and attacked"
+    def draw(n): return self._transformed(self.stream.draw(n), like)
+    if isinstance(self.attack, free_attacks):
+        drawn,moved = self.staying.next(n, self.attack, draw)
+        self._note_moved(drawn, moved.detach())
+    else:
+        drawn = draw(n)
+        moved = self._moved_out(drawn)
+        self._note_moved(drawn, moved)
+    return moved
+
+@patch
+def after_backward(self:OutlierExposure):
+    "Keep the gradients that outliers which stay have got"
+    self.staying.learn()
+
+@patch
 def before_batch(self:OutlierExposure):
     "Put outliers, transformed and attacked, behind the inliers of the batch"
     self._undo()
@@ -331,9 +364,7 @@ def before_batch(self:OutlierExposure):
     self.n = len(x)
     if self.draws:
         self._look_at_start()
-        out = self.stream.draw(max(1, round(self.ratio*self.n)))
-        out = self._transformed(out, x)
-        out = self._step_out(out)
+        out = self._outliers(max(1, round(self.ratio*self.n)), x)
         out = self._inputs(out).to(x.dtype)
         x = torch.cat([x, out])
     self.learn.xb = (x,)
@@ -434,12 +465,10 @@ def _note(self:OutlierExposure, term):
     if hasattr(self.learn, 'lr_finder'): self.learn.loss = self.loss_grad.clone()
 
 @patch
-def _step_out(self:OutlierExposure, x):
-    "The outliers `x` after the attack, of which the share that it changed is kept"
-    moved = self._moved_out(x)
+def _note_moved(self:OutlierExposure, x, moved):
+    "Keep which share of the outliers `x` the attack has changed"
     changed = (moved != x).flatten(1).any(1)
     self.seen['moved'].append(changed.float().mean())
-    return moved
 
 # %% ../nbs/05_exposure.ipynb #05000006
 @patch(as_prop=True)
@@ -612,8 +641,8 @@ def state_dict(self:OutlierExposure):
     aux = {names[layer]: (mean.clone(),var.clone()) for layer,(mean,var) in self.aux.items()}
     gen = None if self.gen is None else self.gen.get_state()
     if self.epoch_ran and self.validated and self.stream.world == 1: self._note_end() # others may have drawn since
-    return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, epochs_done=self.epochs_done,
-                random_then=self.random_then, unlike=self.unlike or self._unfinished(),
+    return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, staying=self.staying.state_dict(),
+                epochs_done=self.epochs_done, random_then=self.random_then, unlike=self.unlike or self._unfinished(),
                 settings=self.settings_then or self._settings(),
                 checksum=self.stream.checksum() if self.checksum_then is None else self.checksum_then)
 
@@ -644,6 +673,7 @@ def load_state_dict(self:OutlierExposure, sd):
     else:
         if self.gen is None: self.gen = torch.Generator(next(self.model.parameters()).device)
         self.gen.set_state(sd['gen'].cpu())
+    self.staying.load_state_dict(sd.get('staying', {}))
     for name in 'epochs_done','random_then','unlike': setattr(self, name, sd[name])
     self.settings_then = sd.get('settings')
     self.checksum_then = sd.get('checksum')
@@ -756,6 +786,8 @@ def _reasons(self:OutlierExposure, start):
     for name,then in (self.settings_then or {}).items():
         if then != now.get(name, then): yield f'{name} was {then}, and now it is {now[name]}'
     if self.checksum_then not in (None,self.stream.checksum()): yield 'the outliers are other images'
+    if self.stream.world > 1 and len(self.staying):
+        yield 'each process had outliers of its own that stay for some steps, and a file keeps those of one'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
     for dl in whole(self.dls.train),self.stream.source:
         if goes_on(dl): yield 'the workers of a loader live on from epoch to epoch (persistent_workers=True)'
@@ -772,6 +804,7 @@ def _reasons(self:OutlierExposure, start):
 def _look_at_resumption(self:OutlierExposure):
     "Say what keeps this resumed run from being exact"
     reasons = list(self._reasons(self._start_epoch()))
+    if self.stream.world > 1: self.staying.forget()
     if reasons: warnings.warn('this run will differ from one without interruption: ' + '; '.join(reasons), stacklevel=2)
 
 @patch
@@ -791,7 +824,7 @@ def resume(self:Learner,
     return max(done)+1
 
 # %% ../nbs/05_exposure.ipynb #f2991b03
-_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending'
+_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending','staying'
 _empty_in_exports = 'aux','schedules','seen'
 _of_this_run = ('epochs_done','random_then','layer_names','epoch_ran','validated','unlike','settings_then',
                 'checksum_then')
@@ -808,6 +841,7 @@ def __setstate__(self:OutlierExposure, d):
         d = kept | dict(learn=d['learn'])
     self.__dict__.update({k: None for k in _not_exported})
     self.__dict__.update({k: {} for k in _empty_in_exports})
+    self.staying = Staying()
     self.__dict__.update(d)
 
 class _Room:

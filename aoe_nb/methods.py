@@ -8,6 +8,7 @@ __all__ = ['methods', 'exposure_of']
 # %% ../nbs/17_methods.ipynb #74e4ccb8
 from .attack import FGSM, PGD, Gaussian, RandomSign
 from .energy import msp, uniform_ce
+from .free import FreeFGSM, FreePGD
 
 # %% ../nbs/17_methods.ipynb #74e495a6
 def _unlike_outliers(logits):
@@ -22,12 +23,14 @@ methods = dict(
     aoe = lambda eps: dict(attack=FGSM(eps)),
     aoe_rs = lambda eps: dict(attack=PGD(eps, 1, alpha=1.25*eps)), # one step from a random start (Wong et al. 2020)
     aoe_vary = lambda eps: dict(attack=FGSM(eps, vary=True)),
+    aoe_free = lambda eps: dict(attack=FreeFGSM(eps)), # by the gradients of training (after Shafahi et al. 2019)
     aoe_pgd = lambda eps: dict(attack=PGD(eps, 5)),
     aoe_l2 = lambda eps: dict(attack=FGSM(eps*3072**.5, norm='l2')), # as long as a signed step on 3x32x32 pixels
     aoe_uniform = lambda eps: dict(attack=FGSM(eps), score=_unlike_outliers), # as in DivOE (Zhu et al. 2023)
     aoe_msp = lambda eps: dict(attack=FGSM(eps), score=msp),
     aoe_quarter = lambda eps: dict(attack=FGSM(eps), frac=.25),
     aoe_half = lambda eps: dict(attack=FGSM(eps), frac=.5), # the other half of the outliers as they are
+    aoe_free_pgd = lambda eps: dict(attack=FreePGD(eps)),
     aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5),
     adv = lambda eps: dict(lam=0., attack_in=PGD(eps, 5))) # no outliers, inliers up their own loss (Madry et al. 2018)
 

@@ -6,13 +6,14 @@
 __all__ = ['imagenet_stats', 'cifar10_stats', 'cifar100_stats', 'openood_cifar100_stats', 'published', 'small_cnn', 'PixelNorm',
            'with_stats', 'get_logits', 'each_tensor', 'past_softmax', 'precision', 'as_input', 'steeper', 'resnet20',
            'resnet32', 'resnet44', 'resnet56', 'wrn40_2', 'wrn16_4', 'resnet18_32x32', 'mnist_convnet', 'weights_file',
-           'save_weights', 'check_weights', 'read_weights', 'load_weights']
+           'save_weights', 'check_weights', 'fetched_weights', 'read_weights', 'load_weights']
 
 # %% ../nbs/10_models.ipynb #f8c10327
-import hashlib, json, torch, torch.nn.functional as F
+import hashlib, json, os, torch, torch.nn.functional as F
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
+from pickle import UnpicklingError
 from torch import Tensor, nn
 from .record import provenance, write_whole
 
@@ -306,24 +307,55 @@ published = {
     'resnet20': f'{_akamaster}/resnet20-12fca82f.th',
     'resnet56': f'{_akamaster}/resnet56-4bfd9763.th'}
 
+def fetched_weights(
+    url, # of a checkpoint
+    name, # of the network, for errors
+    file_name=None, # in the folder of torch.hub, with a hash in it; default: as in `url`
+):
+    "What a published checkpoint holds, which is fetched once"
+    path = Path(torch.hub.get_dir())/'checkpoints'/(file_name or Path(url).name)
+    kw = dict(map_location='cpu', file_name=path.name, weights_only=True)
+    try: return torch.hub.load_state_dict_from_url(url, check_hash=True, **kw)
+    except Exception as e: # of the net, or of a file that somebody put there
+        why = f'{type(e).__name__}: {str(e)[:80]}'
+        if path.exists(): raise ValueError(f'{path} is damaged ({why}): remove it, and it is fetched again') from None
+        raise FileNotFoundError(f'{name} could not be fetched ({why}): connect and try again, or put {url} '
+                                f'into {path.parent} as {path.name}') from None
+
 def _loaded(source):
     "What lies in the file `source`, or behind that name in `published`"
-    kw = dict(map_location='cpu', weights_only=True)
-    if str(source) in published:
-        return torch.hub.load_state_dict_from_url(published[str(source)], check_hash=True, **kw)
-    if not Path(source).exists():
+    if str(source) in published: return fetched_weights(published[str(source)], source)
+    if not Path(source).is_file():
         raise FileNotFoundError(f'no checkpoint {source}: give a file, a state dict, or one of {", ".join(published)}')
     check_weights(source)
-    return torch.load(source, **kw)
+    try: return torch.load(source, map_location='cpu', weights_only=True)
+    except Exception as e: # PyTorch raises a dozen kinds, some of them without a word
+        unsafe = isinstance(e, UnpicklingError)
+        why = 'it holds more than tensors, or is damaged' if unsafe else f'it is cut off or damaged, {type(e).__name__}'
+        raise ValueError(f'{source} cannot be read as a checkpoint ({why}): '
+                         'save one by torch.save(model.state_dict(), path)') from None
+
+_wrappers = 'state_dict','model_state_dict','model','net','network','weights','backbone','ema'
+
+def _unwrapped(state):
+    "The state dict in what a training saved"
+    while isinstance(state, Mapping):
+        inner = next((state[key] for key in _wrappers if isinstance(state.get(key), Mapping)), None)
+        if inner is None: return state
+        state = inner
+    return {}
 
 def read_weights(
     source, # a file, a name in `published`, or a state dict
 )->dict: # plain names -> tensors
     "The tensors of a checkpoint under their bare names"
-    state = _loaded(source) if isinstance(source, (str,Path)) else source
-    for key in 'state_dict','model','net':
-        if isinstance(state.get(key), dict): state = state[key]
-    return {k.removeprefix('module.').removeprefix('model.'): v for k,v in state.items() if isinstance(v, Tensor)}
+    is_file = isinstance(source, (str,Path))
+    state = _loaded(source) if is_file else source
+    tensors = {str(k): v for k,v in _unwrapped(state).items() if isinstance(v, Tensor)}
+    if not tensors:
+        where = f'{source} has' if is_file else 'there are'
+        raise ValueError(f'{where} no weights in a {type(state).__name__}: give what model.state_dict() gives')
+    return {k.removeprefix('module.').removeprefix('model.'): v for k,v in tensors.items()}
 
 # %% ../nbs/10_models.ipynb #deda410c
 _heads = 'linear','fc','classifier','head','head.fc'
@@ -333,9 +365,9 @@ def _bare(name):
     layer,_,leaf = name.removeprefix('1.').rpartition('.')
     return f'head.{leaf}' if layer in _heads else f'{layer}.{leaf}'
 
-def _by_name(own, theirs):
-    "For each of our names theirs, where bare names and shapes agree"
-    bare = {_bare(name): name for name in theirs}
+def _by_name(own, theirs, place=''):
+    "For each of our names theirs, where bare names and shapes agree; theirs begin with `place`"
+    bare = {_bare(name.removeprefix(place)): name for name in theirs}
     names = {}
     for name,tensor in own.items():
         other = bare.get(_bare(name))
@@ -347,7 +379,10 @@ def _shapes(tensors): return [tuple(o.shape) for o in tensors.values()]
 
 def _match(own, theirs):
     "For each of our names theirs: by name, else by order where all shapes agree"
-    names = _by_name(own, theirs)
+    shared = os.path.commonprefix(list(theirs))
+    place = shared[:shared.rfind('.')+1] # such as 'backbone.'
+    found = _by_name(own, theirs),_by_name(own, theirs, place)
+    names = max(found, key=len) # the first of two that find as many
     if len(names) < len(own) and _shapes(own) == _shapes(theirs): return dict(zip(own, theirs))
     return names
 

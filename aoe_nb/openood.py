@@ -7,7 +7,7 @@ __all__ = ['openood_protocol', 'Listed', 'openood_sets', 'openood_metrics', 'ope
            'openood_published', 'openood_learner']
 
 # %% ../nbs/28_openood.ipynb #27o00002
-import warnings, numpy as np, pandas as pd, torch
+import re, warnings, numpy as np, pandas as pd, torch
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -72,16 +72,21 @@ def _unlike(sets):
 def openood_sets(
     root, # OpenOOD's folder, with benchmark_imglist/ and images_classic/ in it
     id='cifar10', # cifar10, cifar100, imagenet200 or imagenet
-    which=('test','near','far'), # groups or names of sets
+    which=('test','near','far'), # groups or names of sets, one or several
 )->dict: # {name: Listed}
     "The sets of a benchmark, all images there; a warning says which are not as many as in the protocol"
     table = openood_protocol(id)
+    root = Path(root).expanduser()
+    which = [which] if isinstance(which, str) else list(which)
+    known = [*table.group.unique(), *table.index]
+    new = [o for o in which if o not in known]
+    if new: raise ValueError(f'{id} has no set {new[0]!r}: choose from {", ".join(dict.fromkeys(known))}')
     table = table[table.group.isin(which) | table.index.isin(which)]
     size,short,_,download = _about[id]
     sets = {}
     missing = []
     for name,row in table.iterrows():
-        try: listed = read_list(Path(root)/'benchmark_imglist'/id/f'{row.list}.txt')
+        try: listed = read_list(root/'benchmark_imglist'/id/f'{row.list}.txt')
         except FileNotFoundError as e: missing.append(f'{name}: {e}')
         else: sets[name] = Listed(name, row.group, row.n, *listed, size, short)
     if missing:
@@ -93,13 +98,19 @@ def openood_sets(
     return sets
 
 # %% ../nbs/28_openood.ipynb #27o0000f
+def _ranked(*scores):
+    "All scores as whole numbers in the same order: nothing else counts, and scikit-learn knows no infinity"
+    arrays = [o.detach().cpu().double() if isinstance(o, torch.Tensor) else o for o in scores]
+    values = np.concatenate([np.asarray(o, dtype=np.float64) for o in arrays])
+    return np.unique(values, return_inverse=True)[1]
+
 def openood_metrics(
     scores_in, # scores of inliers, a vector, higher = more outlying
     scores_out, # scores of outliers, a vector
 )->dict: # percent: OpenOOD's four, then ours that it has not
     "FPR@95, AUROC and AUPR as OpenOOD has them; average precision and FPR95_ID beside"
     ours = ood_metrics(scores_in, scores_out)
-    score = np.concatenate([np.asarray(o, dtype=np.float64) for o in (scores_in, scores_out)])
+    score = _ranked(scores_in, scores_out)
     is_out = np.repeat([0,1], [len(scores_in), len(scores_out)])
     fpr,tpr,_ = roc_curve(is_out, score)
     precision_in,recall_in,_ = precision_recall_curve(1-is_out, -score)
@@ -119,6 +130,9 @@ def openood_report(
     accuracy:float, # on the inliers, in [0,1]
 )->pd.DataFrame: # percent, one row a set, `nearood` and `farood` below theirs
     "OpenOOD's table from scores"
+    odd = [name for name,(group,_) in outs.items() if group not in ('near','far')]
+    if odd or not outs: raise ValueError(f'every set of outliers is near or far: {", ".join(odd) or "there is none"}')
+    if not 0 <= accuracy <= 1: raise ValueError(f'accuracy is a share, between 0 and 1, not {accuracy}')
     rows = {}
     for group in ('near','far'):
         of = {name: openood_metrics(scores_in, s) for name,(own,s) in outs.items() if own == group}
@@ -135,13 +149,17 @@ def _numbered(known, vocab):
     by_name = len(set(names.values())) == len(names) and set(names.values()) <= set(own)
     return torch.tensor([own[names[o]] if by_name else o for o in known.labels])
 
-def _check_network(bench, known, y):
+def _check_network(bench, known, y, classes):
     "Refuse a network that cannot say what the inliers are, after a look at one image"
     if y.min() < 0: raise ValueError('the list of the inliers has labels below 0, those of outliers')
     look = replace(bench, cache=None)
-    n = look.over(known.images(slice(0,1)), lambda x,_: look.logits(x), None).shape[1]
+    try: n = look.over(known.images(slice(0,1)), lambda x,_: look.logits(x), None).shape[1]
+    except RuntimeError as e:
+        side = known.size
+        raise ValueError(f'the network does not take images of 3x{side}x{side}: {str(e).splitlines()[0]}') from None
     if y.max() >= n: raise ValueError(f'the network gives {n} classes, the inliers have labels up to {int(y.max())}: '
                                       'is it a network of another benchmark?')
+    if n > classes: warnings.warn(f'the network gives {n} classes, the benchmark has {classes}: is it of another one?')
 
 def _in_pieces(listed, bar, f, n=1000):
     "`f` of the images of a set, `n` at a time"
@@ -150,8 +168,17 @@ def _in_pieces(listed, bar, f, n=1000):
         part = listed.images(slice(first, first+n))
         bar.set_description(listed.name)
         res.append(f(part))
+        _check_numbers(res[-1], listed, first)
         bar.update(len(part))
     return torch.cat(res)
+
+def _check_numbers(res, listed, first):
+    "Refuse scores that are NaN when they come, not at the end; `res` are those of a set from the image `first` on"
+    scores = res[:,0] if res.ndim > 1 else res
+    bad = scores.isnan().nonzero()[:,0].tolist()
+    if not bad: return
+    raise ValueError(f'{listed.name} holds NaN ({len(bad)} of {len(res)} scores, the first of '
+                     f'{listed.files[first+bad[0]]}): look at the model on those images')
 
 # %% ../nbs/28_openood.ipynb #27o00016
 @patch
@@ -174,12 +201,16 @@ def openood( # noqa: PLR0913
     known = sets.pop('test')
     bench = Bench(self, score=score, seed=seed, bs=bs, cache=cache)
     y = _numbered(known, getattr(self.dls, 'vocab', None))
-    _check_network(bench, known, y)
+    _check_network(bench, known, y, _about[id][2])
     s_in,outs,right = _measured(bench, known, y, sets, attack, attacked)
     df = openood_report(s_in, outs, right)
-    df.attrs = dict(id=id, score=getattr(bench.score, '__name__', repr(bench.score)), attack=repr(attack),
+    df.attrs = dict(id=id, score=_name(bench.score), attack=_name(attack),
                     attacked=attacked if attack else 'none', seed=seed, whole=whole)
     return df
+
+def _name(o):
+    "What a score or an attack is called, the same in each run"
+    return getattr(o, '__name__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o))
 
 # %% ../nbs/28_openood.ipynb #27o00017
 def _measured(bench, known, y, sets, attack, attacked):
@@ -201,7 +232,8 @@ def _runs(reports):
     "One or several reports as a list, all of one benchmark, score and attack"
     reports = [reports] if isinstance(reports, pd.DataFrame) else list(reports)
     about = [{k: v for k,v in o.attrs.items() if k != 'seed'} for o in reports]
-    if not reports or any(o != about[0] for o in about):
+    theirs = all('ACC' in o and o.index.equals(reports[0].index) for o in reports)
+    if not reports or not theirs or any(o != about[0] for o in about):
         raise ValueError('give one or more reports of one benchmark, score and attack')
     return reports
 
@@ -219,9 +251,10 @@ def openood_row(
     name='ours', # of the method
 )->str: # | name | near AUROC | far AUROC | accuracy |
     "The row of OpenOOD's table that these runs are worth"
-    table = openood_table(reports)
+    runs = _runs(reports)
+    table = openood_table(runs)
     cells = table.AUROC['nearood'],table.AUROC['farood'],table.ACC.iloc[0]
-    if len(_runs(reports)) == 1: cells = [o.split(' ')[0] for o in cells]
+    if len(runs) == 1: cells = [o.split(' ')[0] for o in cells]
     return f'| {name} | {" | ".join(cells)} |'
 
 # %% ../nbs/28_openood.ipynb #27o00025

@@ -16,7 +16,7 @@ from .cache import fingerprint
 from .data import Images
 from .evaluation import on_input
 from .loaders import Pixels
-from .models import as_input, get_logits, load_weights, wrn40_2
+from .models import as_input, fetched_weights, get_logits, load_weights, wrn40_2
 from .stream import labelled_batches
 
 # %% ../nbs/08_peers.ipynb #82b45a5f
@@ -88,6 +88,15 @@ def _built(cls, head, settings):
     asked = inspect.signature(cls).parameters
     return cls(**{k: v for k,v in offered.items() if k in asked} | settings)
 
+def _fitted(name, x, y, head, settings):
+    "The detector called `name` as a function of logits or features, fitted to `x` and their labels `y`"
+    cls,kind = known_detector(name)
+    fitted = _built(cls, head, settings)
+    fit_on = 'cpu' if name == 'KNN' else x.device # scikit-learn's
+    if fitted.requires_fit: getattr(fitted, f'fit_{kind}')(x.to(fit_on), y.to(fit_on))
+    own = _with_gradient.get(name)
+    return partial(own, fitted) if own else getattr(fitted, f'predict_{kind}')
+
 def _passed(learn, source, look, bs):
     "What `look(model, inputs)` sees of all images of `source`, and their labels"
     pixels = Pixels(learn.dls.train)
@@ -111,21 +120,26 @@ def pytorch_ood_score(
     **kwargs, # of the detector, such as k=10
 )->on_input:
     "A detector of pytorch-ood as a score, fitted; one that needs features takes the inputs of the last linear layer"
-    cls,kind = known_detector(detector)
+    kind = known_detector(detector)[1]
     head = None if kind == 'logits' else _head(learn.model)
     def look(model, x): return get_logits(model(x)).float() if head is None else _features(model, x)
     if train is None:
         whole = isinstance(learn.dls.train_ds, Images)
         train = learn.dls.train_ds if whole else learn.dls.train.new(shuffle=False, drop_last=False)
     x,y = _passed(learn, train, look, bs)
-    fitted = _built(cls, head, kwargs)
-    fit_on = 'cpu' if detector == 'KNN' else x.device # scikit-learn's
-    if fitted.requires_fit: getattr(fitted, f'fit_{kind}')(x.to(fit_on), y.to(fit_on))
-    own = _with_gradient.get(detector)
-    score = partial(own, fitted) if own else getattr(fitted, f'predict_{kind}')
+    try:
+        score = _fitted(detector, x, y, head, kwargs)
+        score(x[:2])
+    except Exception as e: # each detector raises its own
+        raise ValueError(f'{detector} does not work with the {"logits" if head is None else "features"} of this '
+            f'network ({type(e).__name__}: {e}): give what it asks for, as in k=10, or build it yourself '
+            'and give on_input(lambda model,x: detector(x))') from e
     import pytorch_ood
     identity = [detector, kwargs, fingerprint([x, y]), pytorch_ood.__version__]
-    return on_input(lambda model,x: score(look(model, x)), identity=identity)
+    res = on_input(lambda model,x: score(look(model, x)), identity=identity)
+    settings = ', '.join(f'{name}={value!r}' for name,value in kwargs.items())
+    res.__name__ = f'{detector}({settings})' if settings else detector # in reports, the same for each network
+    return res
 
 # %% ../nbs/08_peers.ipynb #08m00002
 def _zoo():
@@ -152,10 +166,4 @@ def zoo_model(
     info = _zoo().get_model_info(name)
     if info.arch != 'wrn-40-2': raise ValueError(f'{name} is a {info.arch}, and only wrn-40-2 is known here')
     model = wrn40_2(info.arch_kwargs['num_classes'], (info.preprocessing.mean, info.preprocessing.std))
-    own = dict(map_location='cpu', file_name=info.file_name, weights_only=True)
-    try: state = torch.hub.load_state_dict_from_url(info.url, check_hash=True, **own)
-    except (OSError, RuntimeError) as e:
-        why = f'{type(e).__name__}: {str(e)[:80]}'
-        raise FileNotFoundError(f'{name} could not be fetched ({why}): connect and try again, or put {info.url} '
-                                f'into {torch.hub.get_dir()}/checkpoints as {info.file_name}') from None
-    return load_weights(model, state).eval()
+    return load_weights(model, fetched_weights(info.url, name, info.file_name)).eval()

@@ -205,11 +205,12 @@ def _split_line(line, path):
         raise ValueError(f'{path} names a file that lies elsewhere: {line.strip()[:120]!r}')
     with suppress(ValueError):
         if abs(int(label)) < 2**31: return name,int(label)
-    raise ValueError(f'{path} has a line without a label: {line.strip()[:120]!r}')
+    raise ValueError(f'{path} has a line without a label: {line.strip()[:120]!r} '
+                     '(one is a path without spaces, a space, and a whole number)')
 
 def _lines(path):
     "The lines of a list that have something in them"
-    try: lines = path.read_text(encoding='utf-8').splitlines()
+    try: lines = path.read_text(encoding='utf-8-sig').splitlines() # some editors put a mark in front
     except UnicodeDecodeError: raise ValueError(f'{path} is no list of images: it holds no text in UTF-8') from None
     return [line for line in lines if line.strip()]
 
@@ -221,16 +222,22 @@ def read_list(
     if not path.is_file(): raise FileNotFoundError(f'there is no list {path}: fetch benchmark_imglist of OpenOOD')
     listed = [_split_line(line, path) for line in _lines(path)]
     if not listed: raise ValueError(f'{path} lists no image')
-    root = path.parent.parent.parent
-    places = [root/o for o in _roots]
-    there = next((o for o in places if os.path.exists(o/listed[0][0])), places[0])
+    there = _images_root(path.parent.parent.parent, [name for name,_ in listed])
     files = [there/name for name,_ in listed]
     missing = [file for file in files if not os.path.exists(file)] # which, unlike `Path.exists`, never raises
     if missing:
-        what = ', '.join(sorted({file.relative_to(there).parts[0] for file in missing}))
+        sets = sorted({file.relative_to(there).parts[0] for file in missing})
+        more = f' and {len(sets)-5:,} more' if len(sets) > 5 else ''
         raise FileNotFoundError(f'{len(missing):,} of {len(files):,} images of {path.name} are missing, such as '
-                                f'{missing[0]}: fetch {what} with scripts/download/download.py of OpenOOD')
+                                f'{missing[0]}: fetch {", ".join(sets[:5])}{more} '
+                                'with scripts/download/download.py of OpenOOD')
     return files,[label for _,label in listed]
+
+def _images_root(root, names):
+    "The folder of images that has the first of `names` that is there at all"
+    places = [root/o for o in _roots]
+    found = (place for name in names for place in places if os.path.exists(place/name))
+    return next(found, places[0])
 
 # %% ../nbs/13_sources.ipynb #13m00004
 def centred(

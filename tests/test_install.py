@@ -11,6 +11,7 @@ from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -116,14 +117,20 @@ def sh(*args, home=None, **kwargs):
     return done.stdout
 
 
-def build_wheel(folder):
-    "A wheel from a copy of the sources, so that nothing of an earlier build gets into it"
+def copy_sources(folder):
+    "A copy of the sources, so that nothing of an earlier build gets into a new one"
     source = folder / 'source'
     source.mkdir()
-    for name in 'settings.ini', 'setup.py', 'README.md', 'LICENSE':
+    for name in 'settings.ini', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE':
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / 'aoe_nb', source / 'aoe_nb', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(ROOT / 'weights', source / 'weights')
+    return source
+
+
+def build_wheel(folder):
+    "A wheel from the sources"
+    source = copy_sources(folder)
     sh(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', folder, source)
     return next(folder.glob('aoe_nb-*.whl'))
 
@@ -153,6 +160,20 @@ def test_outliers_of_a_generator_without_a_checkout(installed, tmp_path):
     assert 'gan-cifar10: 25,000 images of 3x32x32' in out
     wheel = next(tmp_path.parent.glob('wheel*/aoe_nb-*.whl'))
     assert wheel.stat().st_size < 8e6
+
+
+def test_a_source_archive_is_whole(tmp_path):
+    "A wheel that is built from the archive of the sources has what one from the checkout has"
+    pytest.importorskip('setuptools', reason='setuptools is not installed here: nothing builds')
+    source = copy_sources(tmp_path)
+    sh(sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path, cwd=source)
+    wheels = []
+    for place in source, next(tmp_path.glob('aoe_nb-*.tar.gz')):
+        folder = tmp_path / place.name.replace('.', '_')
+        sh(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', folder, place)
+        wheels.append(sorted(ZipFile(next(folder.glob('*.whl'))).namelist()))
+    assert wheels[0] == wheels[1]
+    assert sum(name.startswith('aoe_nb/weights/gan-tiny-') for name in wheels[0]) == 4
 
 
 @pytest.mark.skipif(not find_spec('aoe_nb.study'), reason='no aoe_nb.study yet')

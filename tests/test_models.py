@@ -824,6 +824,25 @@ def test_a_compiled_network_is_compiled_again_after_the_pass(how):
     assert seen
 
 
+def test_frozen_layers_leave_a_network_compiled():
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    net = torch.compile(new_net(), backend=backend).train()
+    x = torch.rand(8, 1, 8, 8)
+    want = new_net().eval()(x)
+    for _ in range(3):
+        got = split_pass(net, x, 'frozen', 4)
+        assert close(got, want) and all(m.training for m in net.modules())
+    assert len(seen) == 1
+    with pytest.raises(RuntimeError, match='keeps no graph'), torch.no_grad():
+        split_pass(net, x, 'frozen', 4)
+
+
 def test_scores_of_a_wrapped_network_can_be_kept(tmp_path):
     x = torch.rand(4, 1, 8, 8)
     for how in [*COMPILED, nn.DataParallel]:

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,20 @@ from aoe_nb.attack import PGD
 from aoe_nb.data import Images, outliers
 from aoe_nb.energy import energy
 from aoe_nb.evaluation import on_input
-from aoe_nb.models import cifar10_stats, load_weights, mnist_convnet, openood_cifar100_stats, resnet20
+from aoe_nb.models import (
+    cifar10_stats,
+    load_weights,
+    mnist_convnet,
+    openood_cifar100_stats,
+    resnet18_32x32,
+    resnet20,
+    wrn40_2,
+)
 from aoe_nb.openood import (
     openood_learner,
     openood_metrics,
     openood_protocol,
+    openood_report,
     openood_row,
     openood_sets,
     openood_table,
@@ -142,6 +152,30 @@ def test_a_point_in_the_middle_of_a_straight_run_is_left_out():
     assert min(fp for fp, tp in counted(s_in, s_out) if tp >= 95) == 30
 
 
+@pytest.mark.parametrize('ties', [2, 5, 40], ids='{} values'.format)
+def test_metrics_know_infinity(ties):
+    "A score may be infinite, and only its place in the order counts"
+    rng = np.random.default_rng(ties)
+    for _ in range(5):
+        s_in, s_out = rng.integers(0, ties, 40) / 8, rng.integers(0, ties, 30) / 8
+        far_in, far_out = (np.where(s >= (ties - 1) / 8, np.inf, np.where(s == 0, -np.inf, s)) for s in (s_in, s_out))
+        eq(openood_metrics(far_in, far_out), openood_metrics(s_in, s_out))
+
+
+def test_metrics_take_scores_in_any_precision():
+    s_in, s_out = torch.arange(8.0, requires_grad=True), torch.arange(3.0, 9)
+    want = openood_metrics(s_in.tolist(), s_out.tolist())
+    eq(openood_metrics(s_in.bfloat16(), s_out.half()), want)
+    eq(openood_metrics(pd.Series(s_in.tolist(), index=range(8, 0, -1)), s_out.numpy()[::-1]), want)
+    for name, pair in dict(scores_in=([0, np.nan], [1.0]), scores_out=([0.0], [np.nan, 1])).items():
+        fails(lambda: openood_metrics(*pair), contains=f'{name} holds NaN (1 of 2)')
+
+
+def test_a_report_takes_near_and_far_sets_alone():
+    fails(lambda: openood_report([0, 1], dict(a=('near', [1, 2]), b=('neer', [1, 2])), 0.5), contains='near or far: b')
+    fails(lambda: openood_report([0, 1], {}, 0.5), contains='near or far: there is none')
+
+
 # The row
 
 CENTRES = 25.0 * torch.arange(10)
@@ -206,6 +240,16 @@ def test_means_over_runs_have_the_populations_sd(root, learn):
     table = openood_table(runs)
     assert table.AUROC['nearood'] == f'82.00 ± {(14 / 3) ** 0.5:.2f}'
     assert openood_row(runs).startswith('| ours | 82.00 ± 2.16 | 82.00 ± 2.16 |')
+
+
+def test_runs_come_in_any_collection_and_are_of_one_kind(root, learn):
+    run = learn.openood(root, score=doubt)
+    want = openood_row([run, run])
+    eq([openood_row((run, run)), openood_row(run for _ in range(2))], [want, want])
+    for other in run.drop(index='tin'), run[['AUROC', 'n']], pd.DataFrame():
+        for table in openood_table, openood_row:
+            fails(lambda: table([run, other]), contains='of one benchmark, score and attack')
+    fails(lambda: openood_report([0, 1], dict(a=('near', [1, 2])), 90.0), contains='between 0 and 1, not 90')
 
 
 @pytest.mark.parametrize('size,short', [(32, 32), (224, 256)])
@@ -305,6 +349,74 @@ def test_lists_that_are_none(text, why, root, tmp_path):
     lists = copied(root, tmp_path)
     (lists / 'test_tin.txt').write_text(text)
     fails(lambda: openood_sets(tmp_path), contains=why)
+
+
+def test_lists_as_other_systems_write_them(root, tmp_path):
+    "With CRLF, blank lines, spaces at the ends, and a mark in front"
+    lists = copied(root, tmp_path)
+    want = openood_sets(root)['tin']
+    lines = (lists / 'test_tin.txt').read_text().splitlines()
+    (lists / 'test_tin.txt').write_bytes(('\ufeff' + '  \r\n\r\n'.join(lines)).encode())
+    got = openood_sets(tmp_path)['tin']
+    eq((got.labels, [o.name for o in got.files]), (want.labels, [o.name for o in want.files]))
+    (lists / 'test_tin.txt').write_text(f'tin/test/any/my photo.png -1\n{lines[0]}')
+    fails(lambda: openood_sets(tmp_path), contains='one is a path without spaces, a space, and a whole number')
+    (lists / 'test_tin.txt').write_text(''.join(line.replace('/', '\\') + '\n' for line in lines))
+    with pytest.raises(FileNotFoundError) as e:
+        openood_sets(tmp_path)
+    assert f'and {len(lines) - 5} more with scripts' in str(e.value) and len(str(e.value)) < 1000
+
+
+def test_a_lost_image_is_missed_where_the_others_are(root, tmp_path):
+    lists = copied(root, tmp_path)
+    (tmp_path / 'images_largescale').symlink_to(root / 'images_classic')
+    (tmp_path / 'images_classic').unlink()
+    text = (lists / 'test_tin.txt').read_text()
+    (lists / 'test_tin.txt').write_text('tin/test/any/none.png -1\n' + text)
+    fails(lambda: openood_sets(tmp_path), contains=f'1 of {len(text.splitlines()) + 1} images of test_tin.txt')
+    fails(lambda: openood_sets(tmp_path), contains=str(tmp_path / 'images_largescale/tin/test/any/none.png'))
+
+
+def test_a_folder_may_be_below_home(root, monkeypatch):
+    monkeypatch.setenv('HOME', str(root.parent))
+    eq(list(openood_sets(f'~/{root.name}', which='test')), ['test'])
+
+
+def test_sets_are_chosen_by_names_that_there_are(root):
+    eq(list(openood_sets(root, which='near')), ['cifar100', 'tin'])
+    eq(list(openood_sets(root, which=['tin', 'test'])), ['test', 'tin'])
+    fails(lambda: openood_sets(root, which=['test', 'nearby']), contains="has no set 'nearby': choose from split, val")
+
+
+class Odd(nn.Module):
+    "Gives `value` for bright images"
+
+    def __init__(self, value):
+        super().__init__()
+        self.net = OnePixel()
+        self.value = value
+
+    def forward(self, x):
+        return torch.where((x[:, :1, 9, 16] > 0.5), self.value, self.net(x))
+
+
+def test_a_network_that_is_nan_is_found_at_once_and_infinity_is_ranked(root, learn, monkeypatch):
+    learn.model = Odd(torch.inf)
+    assert learn.openood(root, score='max_logit').AUROC.between(0, 100).all()
+    learn.model = Odd(torch.nan)
+    monkeypatch.setattr(room, '_in_pieces', _in_tens)
+    n = len(OnePixel.seen)
+    with pytest.raises(ValueError, match=r'^test holds NaN \(\d+ of 10 scores, the first of .*/test/\w+/\d+.png'):
+        learn.openood(root)
+    eq(OnePixel.seen[n:], [1, 10])
+
+
+def test_a_network_of_more_classes_is_doubted(root, learn):
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 100))
+    with pytest.warns(UserWarning, match='the network gives 100 classes, the benchmark has 10'):
+        learn.openood(root)
+    learn.model = nn.Conv2d(1, 10, 3)
+    fails(lambda: learn.openood(root), contains='the network does not take images of 3x32x32')
 
 
 def test_a_network_of_another_benchmark_is_refused_on_one_image(root, learn):
@@ -462,6 +574,81 @@ def test_released_checkpoints_load(prefix, n, stats, tmp_path):
     fails(lambda: openood_learner(state, 'cifar10' if n == 100 else 'cifar100'), contains='another number of classes')
 
 
+def same(model, state):
+    own = {name.removeprefix('1.'): o for name, o in model.state_dict().items()}
+    return all(torch.equal(own[name], o) for name, o in state.items() if 'tracked' not in name)
+
+
+@pytest.mark.parametrize('place', ['', 'backbone.', '_orig_mod.', 'module._orig_mod.', 'model.net.'])
+def test_checkpoints_go_by_name_whatever_comes_first_in_them(place):
+    "In another order, the scale of a normalisation must not become its shift"
+    state = theirs()
+    shuffled = {place + name: state[name] for name in sorted(state, reverse=True)}
+    assert same(load_weights(resnet18_32x32(), shuffled), state)
+
+
+@pytest.mark.parametrize(
+    'keys', ['state_dict', 'model', 'net', 'model_state_dict', 'ema', 'model state_dict', 'ema net']
+)
+def test_checkpoints_of_a_training_are_unwrapped(keys):
+    state = theirs()
+    held = state
+    for key in reversed(keys.split()):
+        held = {key: held, 'epoch': 100, 'optimizer': {'state': {}, 'param_groups': []}, 'loss': torch.tensor(0.1)}
+    assert same(load_weights(resnet18_32x32(), held), state)
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
+    path = tmp_path / 'best.ckpt'
+    torch.save(theirs(), path)
+    whole = path.read_bytes()
+    for content in whole[: len(whole) // 2], b'', b'hello', b'\x80\x02garbage':
+        path.write_bytes(content)
+        fails(lambda: load_weights(resnet18_32x32(), path), contains=f'{path} cannot be read as a checkpoint')
+    for o in nn.Linear(2, 2), dict(epoch=np.float64(3)):
+        torch.save(o, path)
+        fails(lambda: load_weights(resnet18_32x32(), path), contains='it holds more than tensors, or is damaged')
+    for o in [1], torch.zeros(3), dict(state_dict=3), {}, None, dict(model={'a': 1}):
+        torch.save(o, path)
+        fails(lambda: load_weights(resnet18_32x32(), path), contains=f'{path} has no weights in a {type(o).__name__}')
+    fails(lambda: load_weights(resnet18_32x32(), resnet18_32x32()), contains='no weights in a Sequential: give what')
+    with pytest.raises(FileNotFoundError, match='no checkpoint'):
+        load_weights(resnet18_32x32(), tmp_path)
+
+
+def test_published_weights_that_cannot_be_had_are_friendly_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise URLError('no net')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    fails(lambda: load_weights(resnet20(), 'resnet20'), contains='resnet20 could not be fetched (URLError')
+    place = tmp_path / 'checkpoints/resnet20-12fca82f.th'
+    for content in b'', b'hello':
+        place.write_bytes(content)
+        fails(lambda: load_weights(resnet20(), 'resnet20'), contains=f'{place} is damaged')
+    state = resnet20(stats=None).state_dict()
+    torch.save({'state_dict': {f'module.{name}': o for name, o in state.items()}}, place)
+    assert same(load_weights(resnet20(), 'resnet20'), state)
+
+
+def test_networks_of_the_zoo_that_cannot_be_had_are_friendly_errors(tmp_path, monkeypatch):
+    registry = pytest.importorskip('pytorch_ood.model', reason='pytorch-ood is not installed: no zoo').registry
+    from aoe_nb.peers import zoo_model
+
+    name = 'wrn-40-2/cifar10/oe/s0'
+    place = tmp_path / 'checkpoints' / registry.get_model_info(name).file_name
+    place.parent.mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    for content in b'', b'hello':
+        place.write_bytes(content)
+        fails(lambda: zoo_model(name), contains=f'{place} is damaged')
+    state = wrn40_2(stats=None).state_dict()
+    torch.save(state, place)
+    assert same(zoo_model(name), state)
+
+
 def test_the_command(root, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for k in range(2):
@@ -497,6 +684,57 @@ def test_the_command_fits_detectors_and_takes_exports(root, tmp_path, capsys):
     assert len(rows) == 2 and rows[0] == rows[1]
 
 
+def test_detectors_of_several_networks_make_one_row(root):
+    "A fitted detector has the same name for each network that it is fitted to, and another with other settings"
+    pytest.importorskip('pytorch_ood', reason='pytorch-ood is not installed: nothing to fit')
+    from aoe_nb.peers import pytorch_ood_score
+
+    train = openood_sets(root, which='train')['train'].images()
+
+    def report(seed, **settings):
+        torch.manual_seed(seed)
+        learn = openood_learner(resnet20(stats=None).state_dict(), arch=resnet20)
+        return learn.openood(root, score=pytorch_ood_score('KNN', learn, train, **settings))
+
+    one, two = report(0), report(1)
+    eq((one.attrs['score'], report(0, k=3).attrs['score']), ('KNN', 'KNN(k=3)'))
+    mean = (one.AUROC['nearood'] + two.AUROC['nearood']) / 2
+    assert openood_row([one, two]).startswith(f'| ours | {mean:.2f} ±')
+    fails(lambda: openood_row([one, report(1, k=3)]), contains='of one benchmark, score and attack')
+
+
+@pytest.mark.parametrize('name', ['ASH', 'DICE', 'WeightedEBO'])
+def test_a_detector_that_asks_for_more_says_so(name, root):
+    pytest.importorskip('pytorch_ood', reason='pytorch-ood is not installed: nothing to fit')
+    from aoe_nb.peers import pytorch_ood_score
+
+    learn = openood_learner(resnet20(stats=None).state_dict(), arch=resnet20)
+    train = openood_sets(root, which='train')['train'].images(slice(0, 20))
+    fails(lambda: pytorch_ood_score(name, learn, train), contains=f'{name} does not work with the ')
+
+
+def test_a_function_is_called_the_same_in_each_run(root, learn):
+    runs = [learn.openood(root, score=on_input(lambda model, x: x.mean((1, 2, 3)))) for _ in range(2)]
+    assert '± 0.00' in openood_row(runs) and ' at 0x' not in runs[0].attrs['score']
+
+
+def test_the_command_takes_one_checkpoint_of_each_run(tmp_path):
+    for name in 's0/best.ckpt', 's0/best_epoch99_acc0.95.ckpt', 's1/best_epoch98_acc0.94.ckpt', 's1/last.ckpt':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    eq([o.name for o in cli._checkpoints(str(tmp_path))], ['best.ckpt', 'best_epoch98_acc0.94.ckpt'])
+    eq(cli._checkpoints(str(tmp_path / 's0')), [tmp_path / 's0/best.ckpt'])
+    (tmp_path / 's1/best_epoch99_acc0.95.ckpt').touch()
+    fails(lambda: cli._checkpoints(str(tmp_path)), contains='s1 has 2 best checkpoints')
+
+
+def test_the_command_says_what_is_wrong_with_a_file(root, tmp_path):
+    for name in 'bad.ckpt', 'bad.pkl':
+        (tmp_path / name).write_bytes(b'hello')
+        with pytest.raises(SystemExit, match=f'^aoe_bench: .*{name} cannot be'):
+            cli.aoe_bench(str(tmp_path / name), root, out=str(tmp_path / 'out'))
+
+
 def test_a_score_of_inputs_is_taken(root, learn):
     grey = on_input(lambda model, x: x.mean((1, 2, 3)), identity='grey')
     assert learn.openood(root, score=grey).AUROC.between(0, 100).all()
@@ -530,6 +768,25 @@ def test_a_missing_painter_is_a_friendly_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(aoe_nb.painted, 'weights_file', lambda name: tmp_path / name)
     fails(lambda: aoe_nb.painted.painted('gan-cifar10'), contains='did not come with this package')
+
+
+def test_painted_outliers_are_kept_for_the_weights_that_made_them(monkeypatch, tmp_path):
+    import aoe_nb.data
+    from aoe_nb.data import outliers
+
+    def tiny(name):
+        made.append(name)
+        return painted_by(name, 8)
+
+    made, painted_by = [], aoe_nb.data.painted
+    monkeypatch.setattr(aoe_nb.data, 'painted', tiny)
+    monkeypatch.setattr(aoe_nb.data.sources, 'data_home', lambda: tmp_path)
+    for sha, n in ('11111111', 1), ('11111111', 1), ('22222222', 2):
+        monkeypatch.setattr(aoe_nb.data, 'painter_sha', lambda name, sha=sha: sha)
+        eq(len(outliers('gan-cifar10')), 8)
+        eq(len(made), n)
+    fails(lambda: outliers('gan-cifar10', size=16), contains='size= is for image files')
+    eq(len(outliers('gan-cifar10', size=32)), 8)
 
 
 # The networks of the outlier-exposure repository, where they and MNIST are on this disk

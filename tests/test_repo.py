@@ -107,8 +107,8 @@ def test_flagged_cells_are_listed():
 ROOMS = """
 lease
 energy attack metrics plots record device conformal drift distributed
-batchnorm sources methods models cache cluster
-images
+batchnorm free sources models cache cluster
+images methods
 loaders drawn painted
 data
 stream

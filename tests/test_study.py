@@ -155,6 +155,7 @@ TO_COME = [  # how many cells on each set of inliers
     ('kinds', 18, 18),
     ('sensitive', 0, 110),
     ('defects', 0, 60),
+    ('free', 10, 10),
 ]
 
 
