@@ -6,7 +6,7 @@
 __all__ = ['Unnamed', 'code_of', 'fingerprint', 'kept']
 
 # %% ../nbs/15_cache.ipynb #2072d809
-import hashlib, inspect, sys, warnings, numpy as np, torch
+import hashlib, inspect, io, sys, warnings, numpy as np, torch
 from dataclasses import is_dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -97,18 +97,29 @@ def _seen(batches, digest):
         _feed(digest, batch)
         yield batch
 
+def _seal(path, content):
+    "What shows that `content` was written under this name, and that nothing in it has changed"
+    return hashlib.sha1(path.name.encode() + content).digest()
+
 def _recall(path):
     "What is kept in `path`; None if nothing is, or if that is damaged"
-    try: return torch.from_numpy(np.load(path))
+    try:
+        whole = path.read_bytes()
+        content,seal = whole[:-20],whole[-20:]
+        if seal != _seal(path, content): raise ValueError('its checksum does not fit')
+        return torch.from_numpy(np.load(io.BytesIO(content)))
     except (FileNotFoundError, NotADirectoryError): return None
     except (OSError, ValueError, EOFError, TypeError) as e:
         warnings.warn(f'{path} is damaged ({e}), the scores are computed again', stacklevel=6)
 
 def _keep(path, res):
     "Write `res`, or say that it could not be kept; the numbers themselves are not lost"
+    content = io.BytesIO()
+    np.save(content, res.numpy())
+    content = content.getvalue()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda f: np.save(f, res.numpy()))
+        write_whole(path, lambda f: f.write(content + _seal(path, content)))
     except OSError as e: warnings.warn(f'scores are not cached: {e}', stacklevel=6)
 
 def kept(

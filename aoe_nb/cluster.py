@@ -48,7 +48,8 @@ def _note(path):
     try: note = json.loads(_note_file(path).read_text())
     except (FileNotFoundError, NotADirectoryError): return {}
     except ValueError: note = None
-    return note if isinstance(note, dict) else {}
+    whole = isinstance(note, dict) and all(isinstance(note.get(o), str) for o in ('cluster','job','log'))
+    return note if whole else {}
 
 def _queue():
     "The jobs that Slurm has not finished; None if it cannot be asked"

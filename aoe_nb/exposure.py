@@ -6,11 +6,12 @@
 __all__ = ['OutlierExposure']
 
 # %% ../nbs/05_exposure.ipynb #d8e0d17b
-import cloudpickle, io, math, torch, torch.nn.functional as F, warnings
+import cloudpickle, io, math, re, torch, torch.nn.functional as F, warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
+from glob import escape
 from pydoc import locate
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,15 +25,15 @@ from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import TensorImage, no_random, to_device
 from fastai.vision.augment import RandomErasing
 from .attack import check_attack, check_eps, eval_mode
-from .batchnorm import as_outliers, bn_inliers, bn_ways, replace_once
-from .distributed import bare, part_of, same_buffers
+from .batchnorm import as_outliers, bn_inliers, bn_ways, refuse_scripted, replace_once
+from .distributed import bare, everywhere, part_of, same_buffers, whole
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
 from .free import Staying, free_attacks
 from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
 from .models import as_input, each_tensor, get_logits, past_softmax, steeper
 from .resumption import Door, random_now, set_random
-from .stream import Numbered, OutlierStream, given
+from .stream import Numbered, OutlierStream, given, goes_on
 
 # %% ../nbs/05_exposure.ipynb #c0ffa912
 def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
@@ -66,6 +67,7 @@ class OutlierExposure(Callback):
     run_valid = False
     remove_on_fetch = True # predictions amid training leave its columns alone
     checked = False # whether the learner's head was looked at
+    past = '' # the softmax that its outputs have been through
     given = None # `lam` and the attack, while schedules change them
     pending = None # what BatchNorm shall do in the training pass
     def __init__(self, # noqa: PLR0913
@@ -144,6 +146,13 @@ def _reads(self:OutlierExposure, *names):
     "Whether the loss, or the score that an attack lowers, is one of those"
     return inner_loss(self.loss_out) in names or self.attack is not None and self.score in names
 
+_of_classes = _uniform,energy_margin,energy,msp,entropy
+
+@patch
+def _is_known(self:OutlierExposure):
+    "Whether it is known what the loss, or the score, asks of the outputs"
+    return self._reads(*_of_classes, _no_label, joint_energy)
+
 @patch
 def _check_shape(self:OutlierExposure, logits, n):
     "Refuse logits that are not those of `n` images"
@@ -158,8 +167,8 @@ def _check_shape(self:OutlierExposure, logits, n):
 def _check_head(self:OutlierExposure, logits, y, loss):
     "Refuse a head whose numbers are no logits, or whose labels are none that the loss and the score are for"
     self.checked = True
-    of_classes = self._reads(_uniform, energy_margin, energy, msp, entropy)
-    if not of_classes and not self._reads(_no_label, joint_energy): return
+    if not self._is_known(): return
+    of_classes = self._reads(*_of_classes)
     task = task_of(y.as_subclass(Tensor).to(logits.device), logits, loss) if isinstance(y, Tensor) else 'classes'
     name = loss_name(loss)
     if task == 'numbers':
@@ -171,7 +180,12 @@ def _check_head(self:OutlierExposure, logits, y, loss):
     if name.lower().replace('_', '') in ('bceloss','binarycrossentropy') and task == 'labels':
         raise ValueError(f'{name} takes probabilities, the energy takes logits: leave the sigmoid out of the model '
                          'and train with BCEWithLogitsLoss')
-    kind = past_softmax(logits)
+    self._check_past(past_softmax(logits))
+
+@patch
+def _check_past(self:OutlierExposure, kind):
+    "Refuse outputs that have been through a softmax, or say once what they do not tell"
+    if kind == self.past or not self._is_known(): return
     if kind == 'Softmax' or kind and self._reads(energy, joint_energy, energy_margin, _no_label):
         raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
                          'leave that layer out and train with cross-entropy, which has it inside')
@@ -179,11 +193,13 @@ def _check_head(self:OutlierExposure, logits, y, loss):
         warnings.warn('the model ends in a LogSoftmax: outlier exposure works, but energies stay at zero, and the '
                       "column energy_gap with them. Score with 'msp', or leave that layer out and train with "
                       'cross-entropy', stacklevel=2)
+    self.past = kind
 
 @patch
 def _check_learner(self:OutlierExposure, learn):
     "Look at a few training images and at what the model gives for them, where both can be asked"
     if not self.lam and self.attack_in is None: return
+    if self.bn_forward: refuse_scripted(bare(learn.model))
     try:
         with no_random(): xb,yb = first_images(learn)
     except Exception: return # a loader that cannot be read says so itself when it is used
@@ -380,6 +396,8 @@ def after_pred(self:OutlierExposure):
     total = len(self.xb[0])
     self._check_shape(logits, total)
     if not self.checked: self._check_head(logits[:self.n], self.yb[0], self.learn.loss_func)
+    elif not self.asked: self._check_past(past_softmax(logits)) # in training it may give something else
+    self.asked = True
     def inliers(t): return t[:self.n] if t.ndim and len(t) == total else t
     self.learn.pred = each_tensor(self.pred, inliers)
     if len(get_logits(self.pred)) != self.n:
@@ -426,6 +444,7 @@ def _begin(self:OutlierExposure):
     self._show_columns()
     self.trained = False
     self.looked = False
+    self.asked = False # nor what the model gives
     self.apart = False # not yet looked at
 
 @patch
@@ -592,7 +611,10 @@ OutlierExposure.epochs_done = 0 # trained so far
 OutlierExposure.random_then = None # random numbers at the end of the last of them, in each process
 OutlierExposure.unlike = None # why what was loaded is not the state of this training
 OutlierExposure.epoch_ran = False # whether this epoch trains, and is not skipped
+OutlierExposure.validated = False # and whether its validation is over
 OutlierExposure.layer_names = {} # their names
+OutlierExposure.settings_then = None # of the run that was loaded
+OutlierExposure.checksum_then = None # and of its outliers
 
 @patch
 def _random_everywhere(self:OutlierExposure):
@@ -605,18 +627,30 @@ def _random_everywhere(self:OutlierExposure):
 
 # %% ../nbs/05_exposure.ipynb #05e00005
 @patch
+def _settings(self:OutlierExposure):
+    "What a run depends on beside where it is, in words that are the same in another process"
+    lam,attack = self.given or (self.lam,self.attack)
+    values = dict(lam=lam, attack=attack, attack_in=self.attack_in, bn=self.bn, ratio=self.ratio, frac=self.frac,
+                  loss=self.loss_out, score=self.score, seed=self.seed)
+    return {name: re.sub(' at 0x[0-9a-f]+', '', repr(value)) for name,value in values.items()}
+
+@patch
 def state_dict(self:OutlierExposure):
     "Where outliers and attacks are, the outliers' own BatchNorm statistics, and the end of the last epoch"
     names = {module: name for name,module in bare(self.model).named_modules()} | self.layer_names
     aux = {names[layer]: (mean.clone(),var.clone()) for layer,(mean,var) in self.aux.items()}
     gen = None if self.gen is None else self.gen.get_state()
+    if self.epoch_ran and self.validated and self.stream.world == 1: self._note_end() # others may have drawn since
     return dict(stream=self.stream.state_dict(), gen=gen, aux=aux, staying=self.staying.state_dict(),
-                epochs_done=self.epochs_done, random_then=self.random_then, unlike=self.unlike or self._unfinished())
+                epochs_done=self.epochs_done, random_then=self.random_then, unlike=self.unlike or self._unfinished(),
+                settings=self.settings_then or self._settings(),
+                checksum=self.stream.checksum() if self.checksum_then is None else self.checksum_then)
 
 @patch
 def _unfinished(self:OutlierExposure):
     "What is going on that a checkpoint does not hold, None if nothing is"
-    if getattr(self.learn, 'training', False): return 'it was saved in the middle of an epoch'
+    amid = self.epoch_ran and not self.validated
+    if amid or getattr(self.learn, 'training', False): return 'it was saved in the middle of an epoch'
     waiting = getattr(getattr(self.learn, 'gradient_accumulation', None), 'count', 0)
     return 'it was saved while gradients were being accumulated' if waiting else None
 
@@ -626,6 +660,9 @@ def load_state_dict(self:OutlierExposure, sd):
     modules = dict(bare(self.model).named_modules())
     missing = [name for name in sd['aux'] if name not in modules]
     if missing: raise ValueError(f"the state has the outliers' statistics of {missing[0]}, which this model lacks")
+    for name,both in sd['aux'].items():
+        if any(t.shape != modules[name].running_mean.shape for t in both):
+            raise ValueError(f"the outliers' statistics of {name} have another shape in the state")
     self.stream.load_state_dict(sd['stream'])
     self.before_lr_find = None
     self.layer_names = {module: name for name,module in modules.items()}
@@ -634,10 +671,12 @@ def load_state_dict(self:OutlierExposure, sd):
         self.aux[modules[name]] = tuple(t.to(modules[name].running_mean.device) for t in both)
     if sd['gen'] is None: self.gen = None
     else:
-        if self.gen is None: self.gen = torch.Generator(self.dls.device)
+        if self.gen is None: self.gen = torch.Generator(next(self.model.parameters()).device)
         self.gen.set_state(sd['gen'].cpu())
     self.staying.load_state_dict(sd.get('staying', {}))
     for name in 'epochs_done','random_then','unlike': setattr(self, name, sd[name])
+    self.settings_then = sd.get('settings')
+    self.checksum_then = sd.get('checksum')
 
 # %% ../nbs/05_exposure.ipynb #05e00007
 @patch
@@ -649,6 +688,7 @@ def _start_epoch(self:OutlierExposure):
 def before_epoch(self:OutlierExposure):
     "Take this process's part, and say why a resumed run cannot be exact"
     self.epoch_ran = False
+    self.validated = False
     self._attach(self.learn)
     if self.stream is None: return
     self._take_part()
@@ -656,17 +696,32 @@ def before_epoch(self:OutlierExposure):
 
 @patch
 def after_train(self:OutlierExposure):
-    "Remember that this epoch was trained, and not skipped"
+    "Remember that this epoch was trained, and not skipped; its columns are those of all processes"
     self.epoch_ran = True
+    if self.stream.world > 1: self.seen = everywhere(self.seen, self.model)
+
+@patch
+def _note_end(self:OutlierExposure):
+    "Note where this epoch ended"
+    self.epochs_done = self.epoch+1
+    self.unlike = None
+    self.settings_then = None
+    self.checksum_then = None
+    self.random_then = self._random_everywhere()
+
+@patch
+def after_validate(self:OutlierExposure):
+    "Note the end of an epoch already here, for callbacks that keep a checkpoint before it is our turn"
+    if not self.epoch_ran: return
+    self.validated = True
+    self._note_end()
 
 @patch
 def after_epoch(self:OutlierExposure):
     "Note where an epoch ended, or go there when the epochs before the first have been skipped"
     if self.epoch_ran:
         self.epoch_ran = False
-        self.epochs_done = self.epoch+1
-        self.unlike = None
-        self.random_then = self._random_everywhere()
+        self._note_end()
     elif self.epoch+1 == self._start_epoch() == self.epochs_done: self._go_there()
 
 @patch
@@ -689,10 +744,16 @@ def keeps_state(self:OutlierExposure):
 def found(self:OutlierExposure, state):
     "Go on from the `state` that a file had, None if it had none, or remember why that cannot be"
     self.epochs_done = 0
+    self.settings_then = None
+    self.checksum_then = None
     self.unlike = 'what was loaded does not say where the outliers were: save and load with_opt=True'
     if state is None: return
+    before = self.state_dict()
     try: self.load_state_dict(state)
     except ValueError as e: self.unlike = str(e)
+    except Exception as e:
+        self.load_state_dict(before)
+        self.unlike = f'the state of the outliers that was loaded is damaged ({type(e).__name__}: {e})'
 
 # %% ../nbs/05_exposure.ipynb #05e00010
 @patch
@@ -721,9 +782,15 @@ def _reasons(self:OutlierExposure, start):
         yield f'what was loaded is the state after epoch {self.epochs_done}, and not after {start}'
     elif len(self.random_then) != self.stream.world:
         yield f'it was trained by {len(self.random_then)} processes, and now there are {self.stream.world}'
+    now = self._settings()
+    for name,then in (self.settings_then or {}).items():
+        if then != now.get(name, then): yield f'{name} was {then}, and now it is {now[name]}'
+    if self.checksum_then not in (None,self.stream.checksum()): yield 'the outliers are other images'
     if self.stream.world > 1 and len(self.staying):
         yield 'each process had outliers of its own that stay for some steps, and a file keeps those of one'
     if isinstance(self.stream.source, Iterator): yield 'the outliers come from an iterator, which cannot start over'
+    for dl in whole(self.dls.train),self.stream.source:
+        if goes_on(dl): yield 'the workers of a loader live on from epoch to epoch (persistent_workers=True)'
     if self.stream.world > 2 and not getattr(self.model, 'find_unused_parameters', True):
         yield ('three or more processes add gradients in an order that changes after the first step, unless '
                'DistributedDataParallelKwargs(find_unused_parameters=True) is among kwargs_handlers')
@@ -745,17 +812,22 @@ def resume(self:Learner,
     fname='model', # of `SaveModelCallback(every_epoch=True, with_opt=True, fname=fname)`
 )->int: # epochs done, for `fit(start_epoch=)`; 0 if there is no checkpoint
     "Load the last checkpoint of `SaveModelCallback`, if there is one"
-    folder = self.path/self.model_dir
-    numbers = [f.stem.rpartition('_')[2] for f in folder.glob(f'{fname}_*.pth')]
+    first = self.path/self.model_dir/f'{fname}_'
+    numbers = [f.stem.removeprefix(first.name) for f in first.parent.glob(f'{escape(first.name)}*.pth')]
     done = [int(o) for o in numbers if o.isdigit()]
     if not done: return 0
-    self.load(f'{fname}_{max(done)}', with_opt=True)
+    try: self.load(f'{fname}_{max(done)}', with_opt=True)
+    except Exception as e:
+        why = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise ValueError(f'cannot go on from {first}{max(done)}.pth ({why}): '
+                         'remove it to go on from the one before') from e
     return max(done)+1
 
 # %% ../nbs/05_exposure.ipynb #f2991b03
 _not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending','staying'
 _empty_in_exports = 'aux','schedules','seen'
-_of_this_run = 'epochs_done','random_then','layer_names','epoch_ran','unlike'
+_of_this_run = ('epochs_done','random_then','layer_names','epoch_ran','validated','unlike','settings_then',
+                'checksum_then')
 
 @patch
 def __getstate__(self:OutlierExposure):

@@ -10,9 +10,9 @@ import torch
 from copy import copy
 from torch import Tensor
 from fastai.data.load import DataLoader
-from fastai.torch_core import to_device
+from fastai.torch_core import no_random, to_device
 from .attack import eval_mode
-from .models import as_input
+from .models import as_input, past_softmax
 
 # %% ../nbs/04a_heads.ipynb #4ead0005
 def inner_loss(f):
@@ -29,6 +29,14 @@ def loss_name(f):
 _several = 'bce','binary','multilabel' # in the names of losses for several labels an image
 _of_numbers = 'mse','l1','huber','gaussiannll','poissonnll' # and of those for regression
 
+def _sees_differences_only(loss, logits, y):
+    "Whether `loss` stays as it is when all logits of an image grow alike; True if it cannot be asked"
+    try:
+        with torch.no_grad(), no_random():
+            before,after = (torch.as_tensor(loss(o, y)).float() for o in (logits,logits+1))
+    except Exception: return True
+    return not after.isfinite().all() or torch.allclose(before, after, 1e-3, 1e-3)
+
 def task_of(
     y, # labels of some images
     logits, # of the same
@@ -37,12 +45,16 @@ def task_of(
     "What a network is trained for"
     name = loss_name(loss).lower().replace('_', '')
     whole = not y.is_floating_point() or bool((y == y.round()).all())
-    if y.shape != logits.shape: return 'classes' if whole and y.ndim < 3 else 'numbers'
+    says_numbers = any(o in name for o in _of_numbers)
+    if y.shape != logits.shape:
+        if not whole or y.ndim > 2: return 'numbers'
+        beyond = bool((y >= logits.shape[1]).any()) # there is no such class
+        return 'numbers' if y.is_floating_point() and (says_numbers or beyond) else 'classes'
     if any(o in name for o in _several): return 'labels'
     within = bool(((y >= 0) & (y <= 1)).all())
-    if within and ((y.sum(1)-1).abs() < 1e-3).all(): return 'classes' # one-hot, or shares of them
-    numbers = not within or not whole or any(o in name for o in _of_numbers)
-    return 'numbers' if numbers else 'labels'
+    if within and ((y.sum(1)-1).abs() < 1e-3).all(): # one-hot, or shares of classes
+        if past_softmax(logits) or _sees_differences_only(loss, logits, y): return 'classes'
+    return 'numbers' if not within or not whole or says_numbers else 'labels'
 
 # %% ../nbs/04a_heads.ipynb #4ead000b
 def first_images(learn, n=16):

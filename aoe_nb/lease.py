@@ -34,7 +34,7 @@ def ended(
     who:dict, # from `process`
 ): # None if that cannot be known from here
     "Whether a process has ended"
-    if who.get('machine') != _machine() or who.get('born') is None: return None
+    if who.get('machine') != _machine() or None in (who.get('born'),who.get('pid')): return None
     born = _born(who['pid'])
     return not born or born != who['born']
 

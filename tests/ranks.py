@@ -98,7 +98,8 @@ def share(folder, world):
     attack = exposed(learn)
     with learn.ranks_ctx():
         weights = fit(learn)
-    return dict(seen=attack.seen, noise=attack.noise, weights=weights)
+    values = list(learn.recorder.values[-1])
+    return dict(seen=attack.seen, noise=attack.noise, weights=weights, values=values)
 
 
 class Count(Callback):

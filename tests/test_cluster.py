@@ -251,8 +251,9 @@ def test_a_queue_that_cannot_be_asked_loses_nothing(out, monkeypatch):
     path.with_name(path.name + '.job').write_text(json.dumps(dict(cluster='slurm', job='7', log='jobs/7_0_log.out')))
     monkeypatch.setenv('PATH', '/nowhere')
     assert list(states(cells, out).state) == ['submitted']
-    path.with_name(path.name + '.job').write_text('')
-    assert list(states(cells, out).state) == ['missing']
+    for text in '', '{"a": 1}', '[7]', '{"cluster": "slurm", "job": "7", "log": null}':
+        path.with_name(path.name + '.job').write_text(text)
+        assert list(states(cells, out).state) == ['missing']
 
 
 def test_the_newest_word_counts_on_the_list(out, capsys):

@@ -86,6 +86,18 @@ def test_together_they_train_what_one_process_trains(processes, request):
     assert len(set(noise)) == len(noise)
 
 
+def test_columns_are_those_of_all_processes(two):
+    "Or a callback that stops by them would stop one process, and the others would wait for it"
+    learn = ranks.learner(1, ranks.in_order(2))
+    ranks.exposed(learn)
+    ranks.fit(learn)
+    a, b = (o['values'] for o in two['share'])
+    assert a == b
+    columns = slice(learn.recorder.metric_names.index('out_loss') - 1, None)
+    assert len(a[columns]) == 3
+    assert a[columns] == pytest.approx(learn.recorder.values[-1][columns], abs=1e-5)
+
+
 def test_a_full_pass_has_no_image_twice(two):
     "The first 24 outliers of an epoch of 30: none is drawn by both"
     a, b = two['share']

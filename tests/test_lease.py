@@ -173,6 +173,18 @@ def test_a_lease_that_says_nothing_counts_by_its_age(text, tmp_path):
     assert not file.exists()
 
 
+def test_a_lease_of_this_machine_without_a_process_counts_by_its_age(tmp_path):
+    path = tmp_path / 'a.json'
+    file = tmp_path / 'a.json.lease'
+    file.write_text(json.dumps({k: v for k, v in process().items() if k != 'pid'}))
+    with pytest.raises(Taken, match='left to another process'):
+        with leased(path):
+            pass
+    os.utime(file, (0, 0))
+    with leased(path):
+        pass
+
+
 def test_a_door_that_was_left_shut_opens_again(tmp_path):
     "Who was killed while taking over"
     path = tmp_path / 'a.json'

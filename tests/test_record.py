@@ -187,7 +187,10 @@ def test_damaged_scores_are_computed_again(tmp_path):
     np.savez(tmp_path / 'other.npz', x=np.ones(3))
     np.save(tmp_path / 'objects.npy', np.array([dict()]), allow_pickle=True)
     others = [(tmp_path / o).read_bytes() for o in ('other.npz', 'objects.npy')]
-    for damaged in (b'', whole[:20], whole[:-1], b'\x00' * len(whole), *others):
+    np.save(tmp_path / 'foreign.npy', np.ones(99, dtype=np.float32))
+    others.append((tmp_path / 'foreign.npy').read_bytes())
+    changed = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(0, len(whole), 40)]
+    for damaged in (b'', whole[:20], whole[:-1], whole + b'.', b'\x00' * len(whole), *others, *changed):
         file.write_bytes(damaged)
         with pytest.warns(UserWarning, match='is damaged'):
             assert torch.equal(ask(), want)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,13 +13,14 @@ import pytest
 import torch
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.all import Callback, Learner, load_learner, set_seed
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, load_learner, set_seed
 from fastcore.test import test_eq as eq, test_fail as fails  # pytest collects what is called test_
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from aoe_nb.attack import PGD
 from aoe_nb.data import Images, inliers, outliers
+from aoe_nb.energy import uniform_ce
 from aoe_nb.exposure import OutlierExposure
 from aoe_nb.resumption import Door
 from aoe_nb.generate import Checkpoint
@@ -37,13 +39,18 @@ def net():
     )
 
 
-def new(folder, source=china.x, save=True, cbs=(), **kw):
+def drawn():
+    return few.dls(16, valid=few, batch_tfms=RandomCropFlip(2), seed=None, device='cpu')
+
+
+def new(folder, source=china.x, save=True, cbs=(), dls=drawn, **kw):
     "An exposed learner with everything that draws random numbers: shuffling, transforms, dropout and attack"
-    dls = few.dls(16, valid=few, batch_tfms=RandomCropFlip(2), seed=None, device='cpu')
     model = net()
     model(few.x[:1].float())
     own = [SaveModelCallback(every_epoch=True, with_opt=True, fname='m')] if save else []
-    learn = Learner(dls, model, path=folder, cbs=[*own, *cbs], train_bn=True, metrics=[])
+    learn = Learner(
+        dls(), model, loss_func=CrossEntropyLossFlat(), path=folder, cbs=[*own, *cbs], train_bn=True, metrics=[]
+    )
     kw = dict(attack=PGD(16 / 255, 2), bn='aux') | kw
     return learn.expose(source() if callable(source) and not hasattr(source, 'sample') else source, **kw)
 
@@ -129,6 +136,48 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, epoc
 def test_every_kind_of_source_goes_on(tmp_path, source):
     want = whole_run(tmp_path / 'a', source=source)
     assert torch.equal(interrupted(tmp_path / 'b', Kill(2, 'batch'), source=source), want)
+
+
+def generator():
+    return torch.Generator().manual_seed(5)
+
+
+LOADERS = dict(
+    shuffled=lambda: dict(shuffle=True),
+    generator=lambda: dict(shuffle=True, generator=generator()),
+    sampler=lambda: dict(sampler=WeightedRandomSampler(torch.ones(48), 48, generator=generator())),
+)
+
+
+def pytorchs(**kw):
+    "PyTorch's loaders of inliers"
+    ds = TensorDataset(few.x.float() / 255, few.y)
+    return DataLoaders(DataLoader(ds, 16, **kw), DataLoader(ds, 16), device='cpu')
+
+
+def sampled():
+    "Outliers by a sampler that was given a generator"
+    return DataLoader(china.x[:60], batch_size=7, sampler=RandomSampler(range(60), generator=generator()))
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_pytorchs_loaders_go_on(tmp_path, kind):
+    "With the generators of their samplers; and an attack asks for a device, which they do not have"
+    kw = dict(source=sampled, dls=lambda: pytorchs(**LOADERS[kind]()))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        want = whole_run(tmp_path / 'a', **kw)
+        assert torch.equal(interrupted(tmp_path / 'b', Kill(2, 'batch'), **kw), want)
+
+
+def test_resume_finds_its_own_files(tmp_path):
+    "Beside those of another callback, wherever they are"
+    other = SaveModelCallback(every_epoch=True, fname='m_best')
+    fit(new(tmp_path, cbs=[other]), n=2)
+    for epoch in 7, 8:
+        shutil.copy(tmp_path / 'models/m_best_0.pth', tmp_path / f'models/m_best_{epoch}.pth')
+    assert new(tmp_path).resume('m') == 2
+    assert new(tmp_path / 'elsewhere').resume(str(tmp_path / 'models/m')) == 2
 
 
 def test_killed_before_the_first_checkpoint_it_starts_over(tmp_path):
@@ -233,6 +282,41 @@ def said(learn, start, n=EPOCHS):
     return ' '.join(str(o.message) for o in seen if 'will differ' in str(o.message))
 
 
+class Keeps(Callback):
+    "A checkpoint as users write it, before or after other callbacks have their turn"
+
+    def __init__(self, order, event='after_epoch'):
+        self.order = order
+        setattr(self, event, self.keep)
+
+    def keep(self):
+        torch.rand(1)
+        self.learn.save(f'm_{self.epoch}', with_opt=True)
+
+
+@pytest.mark.parametrize('order', [-5, 0, 70])
+def test_checkpoints_of_ones_own(tmp_path, order):
+    def run(f, name, **kw):
+        return f(tmp_path / name, save=False, cbs=[Keeps(order)], **kw)
+
+    want = run(whole_run, 'a')
+    set_seed(3)
+    with pytest.raises(Killed):
+        fit(new(tmp_path / 'b', save=False, cbs=[Keeps(order), Kill(2, 'batch')]))
+    torch.manual_seed(99)
+    learn = run(new, 'b')
+    eq(learn.resume('m'), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert torch.equal(fit(learn, 2), want)
+
+
+def test_a_checkpoint_before_the_end_of_validation_says_so(tmp_path):
+    fit(new(tmp_path, save=False, cbs=[Keeps(0, 'before_validate')]), n=2)
+    for start in 1, 2:
+        assert 'middle of an epoch' in said(new(tmp_path, save=False).load('m_1'), start)
+
+
 class InBetween(Callback):
     "A checkpoint in the middle of an epoch"
 
@@ -259,12 +343,77 @@ def test_reasons(tmp_path):
     assert 'middle of an epoch' in said(loaded(tmp_path / 'c/models/m_1', save=False), 2)
     fit(new(tmp_path / 'd', cbs=[GradientAccumulation(32)]), n=2)
     assert 'accumulated' in said(loaded(tmp_path / 'd/models/m_0', save=False), 1)
+    workers = DataLoader(china.x, 16, num_workers=1, persistent_workers=True)
+    assert 'workers of a loader live on' in said(loaded(model, source=workers, save=False), 2)
+
+
+def test_other_settings_and_other_images_are_named(tmp_path):
+    def own(logits_in, logits_out):
+        return uniform_ce(logits_out).mean()
+
+    fit(new(tmp_path, loss=own), n=2)
+    for changed in (
+        dict(lam=1.0),
+        dict(bn='inliers'),
+        dict(attack=PGD(8 / 255, 2)),
+        dict(attack=None),
+        dict(frac=0.5),
+        dict(ratio=2.0),
+        dict(seed=1),
+        dict(loss='uniform'),
+    ):
+        (name,) = changed
+        learn = new(tmp_path, save=False, **dict(loss=own) | changed).load('m_1')
+        assert f'{name} was ' in said(learn, 2), changed
+    learn = new(tmp_path, source=china.x.flip(0), save=False, loss=own).load('m_1')
+    assert 'other images' in said(learn, 2)
+    twice = new(tmp_path / 'b', save=False, loss=own).load(tmp_path / 'models/m_1')
+    twice.save('m_1')  # as a callback does in an epoch that is skipped
+    assert 'lam was' in said(new(tmp_path / 'b', save=False, loss=own, lam=1.0).load('m_1'), 2)
+    eq(said(new(tmp_path / 'b', save=False, loss=own).load('m_1'), 2), '')
 
 
 def test_other_outliers_are_named(tmp_path):
     fit(new(tmp_path), n=2)
     learn = new(tmp_path, source=china.x[:60], save=False).load('m_1')
     assert f'that of {len(china)} outliers, these are 60' in said(learn, 2)
+
+
+def no_state(sd):
+    return [1, 2]
+
+
+def without_stream(sd):
+    return {k: v for k, v in sd.items() if k != 'stream'}
+
+
+def other_layers(sd):
+    return sd | dict(aux={name: (torch.zeros(3), torch.zeros(3)) for name in sd['aux']})
+
+
+def other_generator(sd):
+    return sd | dict(stream=sd['stream'] | dict(gen=torch.zeros(3)))
+
+
+@pytest.mark.parametrize('damage', [no_state, without_stream, other_layers, other_generator])
+def test_a_damaged_state_is_named_and_the_run_goes_on(tmp_path, damage):
+    fit(new(tmp_path), n=2)
+    file = tmp_path / 'models/m_1.pth'
+    state = torch.load(file, weights_only=False)
+    state['opt']['outlier_exposure'] = damage(state['opt']['outlier_exposure'])
+    torch.save(state, file)
+    why = 'have another shape' if damage is other_layers else 'is damaged'
+    assert why in said(new(tmp_path, save=False).load('m_1'), 2)
+
+
+def test_resume_names_a_file_that_was_cut(tmp_path):
+    fit(new(tmp_path), n=2)
+    file = tmp_path / 'models/m_1.pth'
+    file.write_bytes(file.read_bytes()[:-1000])
+    fails(lambda: new(tmp_path).resume('m'), contains='models/m_1.pth')
+    fails(lambda: new(tmp_path).resume('m'), contains='remove it to go on from the one before')
+    file.unlink()
+    eq(new(tmp_path).resume('m'), 1)
 
 
 def test_going_on_without_start_epoch_says_nothing(tmp_path):

@@ -68,6 +68,10 @@ def tags(p, y):
     return F.binary_cross_entropy_with_logits(p, y)
 
 
+def own_sigmoids(p, y):
+    return -(y * F.logsigmoid(p) + (1 - y) * F.logsigmoid(-p) * p.sigmoid()).mean()
+
+
 class BinaryCrossEntropy(nn.Module):
     def forward(self, p, y):
         return F.binary_cross_entropy_with_logits(p, y)
@@ -95,6 +99,12 @@ NO_CLASSES = [
     ('numbers', SHARES, squares),
     ('numbers', NUMBERS[:, 0], lambda p, y: squares(p[:, 0], y)),
     ('numbers', torch.rand(48, 3, 2), lambda p, y: squares(p[:, :, None], y)),
+    ('several labels', HOT, lambda p, y: tags(p, y)),
+    ('several labels', HOT, own_sigmoids),
+    ('numbers', NUMBERS.softmax(1), MSELossFlat()),
+    ('numbers', HOT, MSELossFlat()),
+    ('numbers', NUMBERS.softmax(1), squares),
+    ('numbers', torch.arange(48.0), lambda p, y: squares(p[:, 0], y)),
 ]
 
 
@@ -168,6 +178,29 @@ def test_log_probabilities_have_an_outlier_exposure_without_energies():
     with pytest.warns(UserWarning, match='ends in a LogSoftmax'):
         under.expose(CHINA, attack=ATTACK, score='msp')
     assert fit(under, 1).recorder.losses[-1].isfinite()
+
+
+class OnlyInTraining(nn.Module):
+    "Gives log-probabilities in training, logits else"
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x).log_softmax(1) if self.training else self.net(x)
+
+
+def test_outputs_past_a_softmax_in_training_only():
+    learn = learner(OnlyInTraining(), loss=nn.NLLLoss()).expose(CHINA, loss='margin')
+    for _ in range(2):
+        fails(lambda: fit(learn, 1), contains='ends in a LogSoftmax')
+    learn.expose(CHINA)
+    with pytest.warns(UserWarning, match='ends in a LogSoftmax'):
+        fit(learn, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learn, 1)
 
 
 def test_no_logits_are_taken_for_probabilities():
@@ -255,8 +288,9 @@ def test_torchscript(how):
         learn = learner(how(net()))
         before = [p.clone() for p in learn.model.parameters()]
         for bn in 'inliers', 'frozen':
-            learn.expose(CHINA, attack=ATTACK, bn=bn)
-            fails(lambda: fit(learn, 1), contains='scripted')
+            fails(lambda: learn.expose(CHINA, attack=ATTACK, bn=bn), contains='scripted')
+            by_hand = OutlierExposure(CHINA, attack=ATTACK, bn=bn)
+            fails(lambda: fit(learn, 1, cbs=by_hand), contains='scripted')
         for p, q in zip(learn.model.parameters(), before):
             eq(p, q)
         learn.expose(CHINA, attack=ATTACK, bn='mixed')
