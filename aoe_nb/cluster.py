@@ -48,8 +48,8 @@ def _note(path):
     try: note = json.loads(_note_file(path).read_text())
     except (FileNotFoundError, NotADirectoryError): return {}
     except ValueError: note = None
-    whole = isinstance(note, dict) and all(isinstance(note.get(o), str) for o in ('cluster','job','log'))
-    return note if whole else {}
+    if not isinstance(note, dict) or not isinstance(note.get('cluster'), str): return {}
+    return note | {o: note[o] if isinstance(note.get(o), str) else '' for o in ('job','log')}
 
 def _queue():
     "The jobs that Slurm has not finished; None if it cannot be asked"
@@ -67,7 +67,7 @@ def _waits(note, queue):
 def _state(path, queue):
     "State of one run, and where to look"
     note = _note(path)
-    log = os.path.relpath(note['log']) if note else ''
+    log = os.path.relpath(note['log']) if note.get('log') else ''
     if path.exists(): return 'done',log
     who = holder(path)
     if who is not None: return 'running',log or f'process {who.get("pid")} on {who.get("host")}'

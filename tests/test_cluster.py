@@ -251,9 +251,11 @@ def test_a_queue_that_cannot_be_asked_loses_nothing(out, monkeypatch):
     path.with_name(path.name + '.job').write_text(json.dumps(dict(cluster='slurm', job='7', log='jobs/7_0_log.out')))
     monkeypatch.setenv('PATH', '/nowhere')
     assert list(states(cells, out).state) == ['submitted']
-    for text in '', '{"a": 1}', '[7]', '{"cluster": "slurm", "job": "7", "log": null}':
+    for text in '', '{"a": 1}', '[7]', '{"cluster": null}':
         path.with_name(path.name + '.job').write_text(text)
         assert list(states(cells, out).state) == ['missing']
+    path.with_name(path.name + '.job').write_text('{"cluster": "slurm", "job": "7", "log": null}')
+    assert list(states(cells, out).iloc[0][['state', 'log']]) == ['submitted', '']
 
 
 def test_the_newest_word_counts_on_the_list(out, capsys):
