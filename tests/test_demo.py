@@ -33,6 +33,7 @@ def test_help_explains_every_option():
         assert len(explained[o]) > 20, f'--{o} is not explained'
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_and_nothing_is_done_twice(tmp_path):
     a = tmp_path / 'a'
     b = tmp_path / 'b'

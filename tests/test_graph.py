@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from collections import namedtuple
 
 import numpy as np
 import pandas as pd
@@ -295,13 +296,16 @@ def test_the_learner_is_left_alone(digits, tmp_path, capfd):
     assert sorted(o.name for o in tmp_path.iterdir()) == ['d.onnx', 'd.pt2']
 
 
+Parts = namedtuple('Parts', 'features logits')
+
+
 class Several(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
 
     def forward(self, x):
-        return dict(features=x, logits=self.net(x))
+        return Parts(x, self.net(x))
 
 
 wrappers = dict(
