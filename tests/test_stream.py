@@ -411,7 +411,7 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize('kw', PIPELINES.values(), ids=PIPELINES)
-def test_files_go_through_the_learners_transforms(kw, photos, tmp_path):
+def test_files_go_through_the_learners_transforms(kw, photos, tmp_path, fastai_exports):
     learn = pipeline(photos, **kw)
     other = photos / 'other/x'
     files = sorted(other.iterdir())

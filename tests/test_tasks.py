@@ -486,7 +486,7 @@ def exported(before, photos, folder):
     return learn, folder / f'{before.__name__}.pkl'
 
 
-def test_an_export_opens_without_the_library(photos, tmp_path):
+def test_an_export_opens_without_the_library(photos, tmp_path, fastai_exports):
     from fastai.vision.all import load_learner
 
     moments = finished, on_schedule, interrupted, untrained, searched
