@@ -47,7 +47,7 @@ def photos(folder, colour, n, seed=0, kind='png', **kwargs):
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory):
+def home(tmp_path_factory, fastai_exports):
     "A folder with a trained learner of photos in export.pkl, and its detector"
     home = tmp_path_factory.mktemp('sheet')
     for k, colour in enumerate(('red', 'blue')):
