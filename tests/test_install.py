@@ -210,3 +210,22 @@ def test_both_versions_of_nbdev_are_told_the_same():
     old.read(ROOT / 'settings.ini', encoding='utf-8')
     new = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['nbdev']
     assert {k: old['DEFAULT'][k].lower() for k in new} == {k: str(v).lower() for k, v in new.items()}
+
+
+def interpreter(version):
+    "A Python of that version, on the path or kept by pyenv; None if there is none"
+    kept = sorted(Path.home().glob(f'.pyenv/versions/{version}.*/bin/python'))
+    found = [str(o) for o in kept] + [shutil.which(f'python{version}')]
+    works = [o for o in found if o and not subprocess.run([o, '-c', ''], capture_output=True).returncode]
+    return works[0] if works else None
+
+
+@pytest.mark.parametrize('version', ['3.10', '3.12'])
+def test_other_pythons_read_every_module(version):
+    "`make test-newest PYTHON=...` runs the tests there"
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f'no Python {version} on this machine')
+    code = 'import ast, pathlib, sys\nfor f in pathlib.Path(sys.argv[1]).rglob("*.py"): ast.parse(f.read_text("utf-8"))'
+    done = subprocess.run([python, '-c', code, str(ROOT / 'aoe_nb')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
