@@ -121,6 +121,7 @@ def compare(det, x, got):
         assert 0.5 < steps < near.sum() + 0.5
 
 
+@pytest.mark.slow  # the page "Ship it" and the tests below compare fewer
 def test_the_same_flags_elsewhere(digits, tmp_path):
     "10,000 images, batches of 1, 7 and 256, in a process without fastai and this library"
     small = pieces(16)

@@ -281,7 +281,7 @@ grid.run_missing(sys.argv[2], ['cifar10'], out=sys.argv[1])
 """
 
 
-@pytest.mark.parametrize('name,n', [('recipes', 14), ('select', 60)])
+@pytest.mark.parametrize('name,n', [pytest.param('recipes', 14, marks=pytest.mark.slow), ('select', 60)])
 def test_two_commands_on_one_folder_share_the_work(name, n, tmp_path):
     "Of the search too, each step of which waits for the whole step before"
     if name != 'select':
