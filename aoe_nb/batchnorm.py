@@ -292,11 +292,18 @@ def _in_eval_mode(layers):
 
 @contextmanager
 def _replaced(layers, forward):
-    "The `layers` with another `forward`, until the end of the block"
+    "The `layers` with another `forward`, and nothing compiled, until the end of the block"
     before = [(layer, _replace(layer, forward)) for layer in layers]
-    try: yield
+    try:
+        with torch.compiler.set_stance('force_eager'): yield
     finally:
         for layer,given in before: _put(layer, given)
+
+def _block(model, layers, forward):
+    "The block in which `layers` do as `forward`; a compiler follows a mere change of mode"
+    frozen = getattr(forward, 'func', forward) is bn_frozen and all(_averages(m) for m in layers)
+    if frozen and isinstance(model, torch._dynamo.OptimizedModule): return _in_eval_mode(layers)
+    return _replaced(layers, forward)
 
 # %% ../nbs/04_batchnorm.ipynb #04b00002
 def _tracked(x):
@@ -350,8 +357,6 @@ def replace_once(
     model = bare(model) # a wrapper would take our look at gradients for the end of a backward pass
     layers = [m for m in model.modules() if _mixes(m)]
     for layer in layers: refuse_scripted(layer)
-    frozen = getattr(forward, 'func', forward) is bn_frozen and all(_averages(m) for m in layers)
-    stays_compiled = frozen and isinstance(model, torch._dynamo.OptimizedModule)
     given = _given(model) # somebody else may have replaced the model's before
     original = model.forward
     def off(): _put(model, given)
@@ -363,9 +368,7 @@ def replace_once(
         images = _tracked(args[0]) if look and n < total else None
         if images is not None: args = images.clone(),*args[1:] # the model may write on it
         def run():
-            if stays_compiled:
-                with _in_eval_mode(layers): return original(*args, **kwargs)
-            with torch.compiler.set_stance('force_eager'), _replaced(layers, forward): return original(*args, **kwargs)
+            with _block(model, layers, forward): return original(*args, **kwargs)
         out = run()
         if images is not None and _sees(out, images, n, total):
             args = images.clone(),*args[1:]

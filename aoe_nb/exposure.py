@@ -70,6 +70,9 @@ class OutlierExposure(Callback):
     past = '' # the softmax that its outputs have been through
     given = None # `lam` and the attack, while schedules change them
     pending = None # what BatchNorm shall do in the training pass
+    off = None # calls that off
+    gen = None # of the attacks, made on the device of the first batch
+    before_lr_find = None # the state to go back to
     def __init__(self, # noqa: PLR0913
         outliers, # `Images`, tensor (uint8 or in [0,1]), path, name, `DataLoader`, or callable: n -> n images
         lam:float=.5, # weight of the outliers' loss; 0: nothing is drawn (but `bn='frozen'` still holds)
@@ -96,11 +99,8 @@ class OutlierExposure(Callback):
         self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
         self._check_free()
         self.staying = Staying() # outliers that a free attack moves
-        self.gen = None # of the attacks, made on the device of the first batch
         self.aux = {} # the outliers' own BatchNorm statistics
         self.schedules = {} # of `lam` and `eps`
-        self.off = None # calls off a pending replacement of BatchNorm
-        self.before_lr_find = None # the state to go back to
 
     def _check_free(self):
         "Refuse settings that a free attack has no use for"
@@ -112,7 +112,6 @@ class OutlierExposure(Callback):
         if self.score not in (energy,joint_energy):
             raise ValueError(f"{name} goes up the outliers' own loss, of which training knows the gradient, "
                              'and can lower no score: leave out score=, or take FGSM or PGD')
-
 
 # %% ../nbs/05_exposure.ipynb #739eaded
 @patch
