@@ -6,7 +6,7 @@
 __all__ = ['command', 'aoe_demo', 'aoe_run', 'aoe_generate', 'aoe_fetch', 'aoe_audit', 'aoe_detect', 'aoe_bench']
 
 # %% ../nbs/21_cli.ipynb #21c00002
-import csv, os, re, sys, time, warnings
+import csv, os, re, signal, sys, time, warnings
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
 from functools import partial, wraps
 from importlib.resources import files
@@ -48,6 +48,19 @@ def _arguments(f, words, subjects=1):
     return res | {name: found[name] for name,_ in zip(free, unnamed)}
 
 # %% ../nbs/21_cli.ipynb #21c00009
+def _importing(frame):
+    "Whether `frame`, or one that called it, is an import"
+    while frame and not frame.f_code.co_filename.startswith('<frozen importlib'): frame = frame.f_back
+    return frame is not None
+
+def _on_ctrl_c(say):
+    "Ctrl-C as ever, but an import is left at once: an exception in the middle of a C++ library aborts the process"
+    def stop(signum, frame):
+        if not _importing(frame): raise KeyboardInterrupt
+        say()
+        os._exit(130)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, stop)
+
 def command(
     kept:str, # what there is after Ctrl-C; the command's arguments may stand in braces
     subjects:int=1, # how many arguments may come without their names
@@ -55,21 +68,25 @@ def command(
     "Make a function a command of its own name"
     def decorate(f):
         name = f.__name__
+        def say(args, kwargs):
+            given = signature(f).bind(*args, **kwargs)
+            given.apply_defaults()
+            print(f'\n{name}: stopped; {kept.format(**given.arguments)}', file=sys.stderr, flush=True)
         @wraps(f)
         def run(*args, **kwargs):
             as_program = Path(sys.argv[0]).stem == name
             if as_program: warnings.simplefilter('ignore', FutureWarning) # of one library to another
             try:
                 if as_program and not args and not kwargs: kwargs = _arguments(f, sys.argv[1:], subjects)
+                if as_program: _on_ctrl_c(partial(say, args, kwargs))
                 return f(*args, **kwargs)
             except (ValueError, OSError, ImportError, FloatingPointError) as e: raise SystemExit(f'{name}: {e}')
             except KeyboardInterrupt:
-                given = signature(f).bind(*args, **kwargs)
-                given.apply_defaults()
-                print(f'\n{name}: stopped; {kept.format(**given.arguments)}', file=sys.stderr)
+                say(args, kwargs)
                 raise SystemExit(130) from None
         return run
     return decorate
+
 
 # %% ../nbs/21_cli.ipynb #21c00013
 _bn = 'mixed','inliers','separate','aux','frozen'

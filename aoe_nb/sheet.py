@@ -98,13 +98,15 @@ def _ctrl_c():
     "Hear Ctrl-C also where Python drops it, as while the processes of a loader are started or taken down"
     usual = signal.getsignal(signal.SIGINT)
     complain = sys.unraisablehook
-    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
         yield
         return
     heard = []
     def hear(*args):
-        heard.append(args)
-        usual(*args)
+        try: usual(*args)
+        except KeyboardInterrupt:
+            heard.append(args)
+            raise
     def dropped(o):
         if o.exc_type is not KeyboardInterrupt: complain(o)
     signal.signal(signal.SIGINT, hear)

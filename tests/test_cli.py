@@ -23,12 +23,13 @@ def words(name, *args):
     return [sys.executable, '-W', 'ignore', '-c', start, *map(str, args)]
 
 
+def listen():
+    "Ctrl-C reaches a process that calls this first, even where the tests themselves run in the background"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(name, *args, cwd):
-    "The command as a process that Ctrl-C reaches, even where the tests themselves run in the background"
-
-    def listen():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+    "The command as a process that Ctrl-C reaches"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(words(name, *args), cwd=cwd, env=ENV, text=True, preexec_fn=listen, **pipes)
 
@@ -131,6 +132,18 @@ def test_ctrl_c_is_polite(name, wait, tmp_path):
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and f'{name}: stopped; ' in err and 'Traceback' not in err
+
+
+def test_ctrl_c_in_an_import_that_swallows_it(tmp_path):
+    "As a C++ library can, in which an exception of Python's aborts the process"
+    lines = 'import os, signal', 'try: os.kill(os.getpid(), signal.SIGINT)', 'except KeyboardInterrupt: os.abort()'
+    (tmp_path / 'heavy.py').write_text('\n'.join(lines))
+    slow = 'def slow(', '    out:str="all", # Folder', '): import heavy'
+    body = 'from aoe_nb.cli import command', '@command("{out} is kept")', *slow, 'slow()'
+    (tmp_path / 'slow.py').write_text('\n'.join(body))
+    p = subprocess.Popen([sys.executable, 'slow.py'], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, preexec_fn=listen)
+    said = p.communicate(timeout=60)[1].decode()
+    assert p.returncode == 130 and said == '\nslow: stopped; all is kept\n'
 
 
 def images(folder, n, seed, side=16, spread=90, least=0):
