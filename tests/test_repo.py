@@ -113,7 +113,7 @@ loaders drawn painted
 data
 stream
 evaluation heads resumption
-peers audit exposure detector openood
+peers audit attack_audit exposure detector openood
 generate graph
 sheet
 demo
