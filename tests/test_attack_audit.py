@@ -356,6 +356,17 @@ def test_the_same_again_and_the_random_state_is_left_alone():
 # What a stranger brings
 
 
+@pytest.mark.parametrize('bs', [1, 7])
+def test_a_surrogate_that_is_none_is_refused(bs):
+    w = world(0)
+    for surrogate, words in (
+        (lambda x: x, 'one number an image'),
+        (lambda x: w.score(x) * torch.nan, 'surrogate is NaN'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            found(w, PGD(EPS, 2), surrogate=surrogate, bs=bs)
+
+
 def test_an_attack_may_write_on_its_input():
     w = world(0)
 
@@ -395,7 +406,9 @@ def test_a_network_on_arrays_of_three_channels():
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize('kw', ['eps', 'eps2', 'claim', 'claim2', 'setting', 'setting2', 'attack'])
+@pytest.mark.parametrize(
+    'kw', ['eps', 'eps2', 'claim', 'claim2', 'claim3', 'setting', 'setting2', 'setting3', 'attack']
+)
 def test_settings_are_refused_by_name(kw):
     given, words = dict(
         eps=(dict(eps=8), 'divide by 255'),
@@ -403,7 +416,9 @@ def test_settings_are_refused_by_name(kw):
         claim=(dict(claimed=85), 'divide percent by 100'),
         claim2=(dict(claimed=dict(AUPR=0.5)), "'AUPR' is neither"),
         setting=(dict(step=5), 'step is no setting: choose from seed'),
-        setting2=(dict(steps=0), 'steps must be at least 1'),
+        claim3=(dict(claimed=[0.9]), 'must be a fraction'),
+        setting2=(dict(steps=0), 'steps must be a whole number of at least 1'),
+        setting3=(dict(restarts='3'), 'whole number'),
         attack=(dict(attack=PGD), 'attack must be a function'),
     )[kw]
     call = dict(score=world(0).score, inliers=images().known, outliers=images().strange, eps=EPS) | given
@@ -414,7 +429,9 @@ def test_settings_are_refused_by_name(kw):
 SCORES = {
     'column': (lambda x: x.mean((1, 2, 3))[:, None], 'squeeze it'),
     'scalar': (lambda x: x.mean(), 'one number an image'),
-    'NaN': (lambda x: x.mean((1, 2, 3)).log() * torch.nan, 'the score is NaN on 150 of 150'),
+    'NaN': (lambda x: x.mean((1, 2, 3)).log() * torch.nan, 'the score is NaN: look at'),
+    'some NaN': (lambda x: (x.mean((1, 2, 3)) - 0.3).sqrt(), 'the score is NaN on [0-9]+ of 150'),
+    'channels': (nn.Conv2d(3, 1, 8), 'the score fails on images of shape .2, 1, 8, 8. in .0,1. .RuntimeError'),
     'by batch': (lambda x: x.mean((1, 2, 3)) - x.mean(), 'others in its batch'),
     'none': (None, 'score must be a function'),
 }
