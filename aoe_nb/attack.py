@@ -9,6 +9,7 @@ __all__ = ['fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'no_gradient', 'gaussian',
 # %% ../nbs/02_attack.ipynb #6d5e5481
 import bisect, math, torch
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from torch import Tensor
 
@@ -31,33 +32,78 @@ def _beside(name, v, x):
     raise ValueError(f'{name} of shape {tuple(v.shape)} has no clear meaning for images of shape {tuple(x.shape)}: '
                      f'give a number, one an image ({len(x)},), or all dimensions, such as (1,C,1,1)')
 
+# %% ../nbs/02_attack.ipynb #02b00051
+_noted = ContextVar('noted', default=None) # by whom checks are put off
+
+def _sure(fine, error):
+    "Unless the tensor `fine` is true, raise what `error` gives, if anything, at once or when `Later` looks"
+    later = _noted.get()
+    if later is not None: later.noted.append((fine,error))
+    elif not fine: _raise(error())
+
+def _raise(e):
+    if e is not None: raise e
+
+class Later:
+    "Checks of values are put off within `with later:`, and made by `later.look()`"
+    def __init__(self):
+        self.noted = []
+        self.fine = []
+        self.copied = None
+
+    def __enter__(self):
+        self.before = _noted.set(self)
+        return self
+
+    def __exit__(self, *args):
+        _noted.reset(self.before)
+        if args[0] is not None: self.__init__() # an error of its own
+        if not self.noted: return
+        self.fine = torch.stack([fine for fine,_ in self.noted])
+        if not self.fine.is_cuda: return
+        on_gpu = self.fine # copied beside what is computed next
+        self.fine = torch.empty(on_gpu.shape, dtype=torch.bool, pin_memory=True).copy_(on_gpu, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def look(self):
+        "Raise the first error that was put off; none is left then"
+        if self.copied is not None: self.copied.synchronize()
+        noted,fine = self.noted,self.fine
+        self.__init__()
+        for ok,(_,error) in zip(fine, noted):
+            if not ok: _raise(error())
+
 # %% ../nbs/02_attack.ipynb #b260a58e
 _norms = 'linf','l2'
 
 def _widest(x, lo, hi, norm):
     "The largest distance that two valid images can have"
-    side = (hi-lo).max()
+    side = torch.as_tensor(hi-lo).max()
     return side if norm == 'linf' else side*math.sqrt(x[0].numel())
 
 def _check(x, eps, lo, hi, norm='linf'):
-    "Refuse what would give a meaningless attack; return a plain copy of `x` and the rest as tensors beside it"
+    "Refuse what would give a meaningless attack; return a plain copy of `x`, and the rest as numbers or beside it"
     if not x.is_floating_point():
         raise TypeError(f'x has dtype {x.dtype}: attacks need floating point images in [lo, hi]; '
                         'divide uint8 images by 255')
     x = x.detach().clone().as_subclass(Tensor)
     if norm not in _norms: raise ValueError(f'norm must be one of {", ".join(_norms)}, not {norm!r}')
     given = dict(eps=eps, lo=lo, hi=hi)
-    beside = [_beside(name, v, x) for name,v in given.items()]
-    eps,lo,hi = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in beside)
+    eps,lo,hi = (_beside(name, v, x) for name,v in given.items())
+    if isinstance(lo, Tensor) or isinstance(hi, Tensor): # `clamp` wants two of a kind
+        lo,hi = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (lo,hi))
     _check_eps(x, eps, lo, hi, norm)
     slack = 1e-3*(hi-lo) # what rounding may have added, cut off below
-    if x.numel() and not ((x >= lo-slack) & (x <= hi+slack)).all():
-        raise ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
-                         'attack pixels and normalise inside the loss, or pass lo and hi')
+    def outside():
+        return ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
+                          'attack pixels and normalise inside the loss, or pass lo and hi')
+    if x.numel(): _sure(((x >= lo-slack) & (x <= hi+slack)).all(), outside)
     return x.clamp(lo, hi),eps,lo,hi
 
 def _check_eps(x, eps, lo, hi, norm):
     "Refuse an `eps` that is no distance between two images"
+    eps = torch.as_tensor(eps) # of a number, on the CPU
     if not (eps.isfinite() & (eps >= 0)).all():
         raise ValueError(f'eps must be finite and at least 0, not {eps}')
     if norm == 'l2' and eps.ndim and (eps.ndim < x.ndim or eps[0].numel() > 1):
@@ -91,10 +137,11 @@ def _grad(x, loss):
         if value.requires_grad: grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
     if grad is None: # perhaps of parameters alone
         raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
-    # a finite sum clears all pixels at once; any other sum may be mere overflow, so look at each
-    if not grad.sum().isfinite() and not grad.isfinite().all():
+    def broken(): # a sum that is not finite may be mere overflow, so look at each pixel
+        if grad.isfinite().all(): return None
         what = 'NaN' if grad.isnan().any() else 'infinity'
-        raise FloatingPointError(f'{what} in the gradient of the loss: look at the model on this batch, in float32')
+        return FloatingPointError(f'{what} in the gradient of the loss: look at the model on this batch, in float32')
+    _sure(grad.sum().isfinite(), broken)
     return grad,value.detach()
 
 # %% ../nbs/02_attack.ipynb #ee2828fc
@@ -184,7 +231,8 @@ def _per_image(l, x):
 def _better(best, x, loss):
     "The point of `x` and its loss, or `best` for the images on which that is lower"
     with torch.no_grad(): value = _per_image(loss(x.clone()), x)
-    if value.isnan().any(): raise FloatingPointError('the loss is NaN: look at the model on this batch, in float32')
+    def broken(): return FloatingPointError('the loss is NaN: look at the model on this batch, in float32')
+    _sure(~value.isnan().any(), broken)
     return (x,value) if best is None else _lower(best, (x,value))
 
 # %% ../nbs/02_attack.ipynb #010db3ff
@@ -434,7 +482,7 @@ def _move_window(x, found, side, eps, generator):
     there = _mask(*_place(x, side, generator), side)
     window = _turned(_window(side), rows.clamp(0, side-1), columns.clamp(0, side-1), generator)
     new = unit(_signs((n,c,1,1), delta, generator)*window*here + unit(delta*here))
-    unused = (eps.to(delta.dtype)**2 - delta.square().sum((1,2,3), keepdim=True)).clamp(min=0)
+    unused = (eps**2 - delta.square().sum((1,2,3), keepdim=True)).clamp(min=0)
     budget = (length(delta*(here|there))**2 + unused/c).sqrt()
     moved = torch.where(here, new*budget, delta.masked_fill(there, 0))
     return (x + moved).to(x.dtype)
@@ -456,7 +504,7 @@ def _left(value, stop):
 
 def _of(v, left):
     "What `v` says of the images `left`, where it has one entry an image"
-    return v[left] if v.ndim == 4 and len(v) > 1 else v
+    return v[left] if isinstance(v, Tensor) and v.ndim == 4 and len(v) > 1 else v
 
 # %% ../nbs/02_attack.ipynb #6dc1b929
 @torch.inference_mode(False)

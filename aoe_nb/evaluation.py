@@ -291,20 +291,34 @@ def _numbered_for(learn, inliers):
     return res
 
 @patch
-def certainty(self:Bench)->Tensor: # (N,3)
-    "Confidence, correctness and negative log-likelihood of each labelled inlier"
+def certainty(self:Bench, scored=False)->Tensor: # (N,3)
+    "Confidence, correctness and negative log-likelihood of each labelled inlier; if `scored`, also `clean`"
     def f(x, y):
         if y is None or y.ndim != 1 or y.is_floating_point():
             raise _Unlabelled('accuracy and calibration need inliers with class labels, these have none')
-        with torch.no_grad(): logp = self.logits(x).log_softmax(1)
+        with torch.no_grad():
+            logits = self.logits(x)
+            score = [self.of_pixels(x, self.score, logits).float()] if scored else []
+        logp = logits.log_softmax(1)
         if (y < 0).any() or (y >= logp.shape[1]).any(): raise _unknown_class(y, logp.shape[1])
         confidence,predicted = logp.exp().max(1)
         nll = -logp.gather(1, y[:,None])[:,0]
-        return torch.stack([confidence, (predicted == y).float(), nll], 1)
-    rows = self.over(_numbered_for(self.learn, self.known), f, 'certainty')
-    n_nan = int(rows.isnan().any(1).sum())
+        return torch.stack([confidence, (predicted == y).float(), nll, *score], 1)
+    about = ['certainty', self.score] if scored else 'certainty'
+    rows = self.over(_numbered_for(self.learn, self.known), f, about)
+    n_nan = int(rows[:,:3].isnan().any(1).sum())
     if n_nan: raise ValueError(f'the model is NaN on {n_nan} of {len(rows)} inliers: look at it on those images')
-    return rows
+    if scored: self.clean = rows[:,3]
+    return rows[:,:3]
+
+@patch
+def of_inliers(self:Bench, scored=False)->dict: # accuracy, ECE (15 bins), NLL, n
+    "Accuracy, calibration error and negative log-likelihood on the inliers, and their number"
+    confidence,correct,nll = self.certainty(scored).T
+    bins = calibration_bins(confidence, correct)
+    gap = (bins.confidence-bins.accuracy).abs()
+    ece = float((bins.n*gap).sum()/bins.n.sum())
+    return dict(accuracy=correct.double().mean().item(), ECE=ece, NLL=nll.double().mean().item(), n=len(nll))
 
 # %% ../nbs/07_evaluation.ipynb #21ffd2a4
 @patch
@@ -327,13 +341,13 @@ def id_report(
     cache=None, # folder to keep scores in
 )->dict: # accuracy, ECE (15 bins), NLL, n
     "Accuracy, calibration error and negative log-likelihood on the validation set or those inliers, and their number"
-    confidence,correct,nll = Bench(self, inliers=inliers, bs=bs, cache=cache).certainty().T
-    bins = calibration_bins(confidence, correct)
-    gap = (bins.confidence-bins.accuracy).abs()
-    ece = float((bins.n*gap).sum()/bins.n.sum())
-    return dict(accuracy=correct.double().mean().item(), ECE=ece, NLL=nll.double().mean().item(), n=len(nll))
+    return Bench(self, inliers=inliers, bs=bs, cache=cache).of_inliers()
 
 # %% ../nbs/07_evaluation.ipynb #c04881cb
+def _check_side(attacked):
+    if attacked in ('ood','id','both'): return
+    raise ValueError(f'attacked must be one of ood, id, both, not {attacked!r}')
+
 @patch
 def sides(
     self:Bench,
@@ -342,7 +356,7 @@ def sides(
     measure=None, # source, attack, sign -> tensor, one row an image; default: the scores
 )->tuple: # scores of the inliers, {name: (group, scores)} of the outliers
     "Scores of both sides, with `attack` on one of them or both"
-    if attacked not in ('ood','id','both'): raise ValueError(f'attacked must be one of ood, id, both, not {attacked!r}')
+    _check_side(attacked)
     sets = self.images
     on_inliers = None if attacked == 'ood' else attack
     on_outliers = None if attacked == 'id' else attack
@@ -410,6 +424,11 @@ def report(
     n_boot=0, # resamples for 95% intervals over images
 )->pd.DataFrame: # one row a set, then the means; what was measured and the `id_report` in `attrs`
     "Metrics on each set and their means, and what the inliers pay"
+    _check_side(attacked)
+    check_attack(attack)
+    self.images # open, before anything is computed
+    try: of_inliers = self.of_inliers(scored=attack is None or attacked == 'ood')
+    except _Unlabelled: of_inliers = None
     s_in,outs = self.sides(attack, attacked)
     df = self.metrics_of(s_in, outs, n_boot)
     detector = vars(self.learn).get('detector') # of `ood_detector`
@@ -417,9 +436,7 @@ def report(
         df = detector.beside(df, self, attack, attacked, s_in, outs)
     name = getattr(self.score, '__name__', repr(self.score))
     attacked = 'none' if attack is None else attacked
-    df.attrs = dict(score=name, attack=repr(attack), attacked=attacked, seed=self.seed)
-    try: df.attrs['id'] = self.learn.id_report(self.known, self.bs, self.cache)
-    except _Unlabelled: df.attrs['id'] = None
+    df.attrs = dict(score=name, attack=repr(attack), attacked=attacked, seed=self.seed, id=of_inliers)
     if attack is None: self.warn_of(df)
     return df
 

@@ -24,7 +24,7 @@ from fastai.data.core import TfmdDL
 from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import TensorImage, no_random, to_device
 from fastai.vision.augment import RandomErasing
-from .attack import check_attack, check_eps, eval_mode
+from .attack import Later, check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, refuse_scripted, replace_once
 from .distributed import bare, everywhere, part_of, same_buffers, whole
 from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
@@ -69,6 +69,7 @@ class OutlierExposure(Callback):
     checked = False # whether the learner's head was looked at
     past = '' # the softmax that its outputs have been through
     given = None # `lam` and the attack, while schedules change them
+    looks_at_once = 'cpu', # devices on which a look at values costs nothing
     pending = None # what BatchNorm shall do in the training pass
     off = None # calls that off
     gen = None # of the attacks, made on the device of the first batch
@@ -99,6 +100,7 @@ class OutlierExposure(Callback):
         self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
         self._check_free()
         self.staying = Staying() # outliers that a free attack moves
+        self.later = Later() # checks of values, where a look takes long
         self.aux = {} # the outliers' own BatchNorm statistics
         self.schedules = {} # of `lam` and `eps`
 
@@ -255,6 +257,11 @@ def _precision(self:OutlierExposure):
     return mixed.autocast,1024. if mixed.amp_mode == AMPMode.FP16 else 1.
 
 @patch
+def _looks_at(self:OutlierExposure, x):
+    "Whether values of `x` are looked at in the middle of a step"
+    return x.device.type in self.looks_at_once
+
+@patch
 def _moved(self:OutlierExposure, attack, x, f, whole=lambda x: x):
     "Pixels `x` after `attack` on `f` of what the model gives for the `whole` images, in eval mode"
     cast,scale = self._precision()
@@ -263,7 +270,8 @@ def _moved(self:OutlierExposure, attack, x, f, whole=lambda x: x):
     def loss(x):
         with cast: out = model(as_input(model, self.pixels.encode(whole(x))))
         return steeper(model, scale*f(out))
-    with eval_mode(model): return attack(x, loss, generator=self._generator(x.device))
+    put_off = nullcontext() if self._looks_at(x) else self.later
+    with put_off, eval_mode(model): return attack(x, loss, generator=self._generator(x.device))
 
 @patch
 def _moved_out(self:OutlierExposure, x):
@@ -283,7 +291,9 @@ def _moved_in(self:OutlierExposure, x):
     pixels = self.pixels.unscaled(wide_x)
     erased = self._erased(pixels)
     def whole(p): return p if erased is None else torch.where(erased, pixels, p)
-    moved = self.pixels.decode(wide_x) if erased is None else pixels.clamp(0, 1)
+    moved = pixels # whose range the attack checks too, later
+    if erased is not None: moved = pixels.clamp(0, 1)
+    elif self._looks_at(x): moved = self.pixels.decode(wide_x)
     moved = self._moved(self.attack_in, moved, gain, whole)
     return self.pixels.encode(whole(moved)).to(x.dtype)
 
@@ -348,7 +358,8 @@ def _outliers(self:OutlierExposure, n, like):
 
 @patch
 def after_backward(self:OutlierExposure):
-    "Keep the gradients that outliers which stay have got"
+    "Keep the gradients that outliers which stay have got, and make the checks that were put off"
+    self.later.look()
     self.staying.learn()
 
 @patch
@@ -823,7 +834,7 @@ def resume(self:Learner,
     return max(done)+1
 
 # %% ../nbs/05_exposure.ipynb #f2991b03
-_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending','staying'
+_not_exported = 'stream','gen','off','logits_out','pixels','before_lr_find','given','pending','staying','later'
 _empty_in_exports = 'aux','schedules','seen'
 _of_this_run = ('epochs_done','random_then','layer_names','epoch_ran','validated','unlike','settings_then',
                 'checksum_then')
@@ -841,6 +852,7 @@ def __setstate__(self:OutlierExposure, d):
     self.__dict__.update({k: None for k in _not_exported})
     self.__dict__.update({k: {} for k in _empty_in_exports})
     self.staying = Staying()
+    self.later = Later()
     self.__dict__.update(d)
 
 class _Room:
@@ -894,7 +906,9 @@ def exposed(self:Learner, n=8):
     like = to_device(_first_batch(self.dls.train)[0], device)
     try:
         x = cb._transformed(cb.stream.draw(n), like)
-        return x,cb._moved_out(x)
+        moved = cb._moved_out(x)
+        cb.later.look()
+        return x,moved
     finally: cb.load_state_dict(before)
 
 # %% ../nbs/05_exposure.ipynb #0ld05000

@@ -1,4 +1,7 @@
-"""Time of a report's metrics on a million scores beside pytorch-ood's, and of PGD-20 beside torchattacks'.
+"""Time of a report's metrics on a million scores beside pytorch-ood's, of PGD-20 beside torchattacks', and of a report.
+
+The report is the whole way from images to metrics: a trained ResNet-20 scores inliers and outliers, the outliers under
+PGD-20. The peer is torchattacks' PGD on cross-entropy, which is as long a way, and pytorch-ood's metrics.
 
 Both sides alternate, on the same numbers, model, batch and machine. The file, results/benchmarks/scores.json,
 holds every repetition, and the ratio is the median over pairs of neighbours.
@@ -14,11 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchattacks
+from fastai.learner import Learner
 from pytorch_ood.metrics import AUPR, AUROC, FPRAtTPR, MetricCollection
 
-from aoe_nb.attack import pgd
+from aoe_nb.attack import PGD, pgd, square
+from aoe_nb.data import inliers, outliers
+import aoe_nb.evaluation  # noqa: F401 (brings `learn.ood_report`)
+from aoe_nb.energy import energy
 from aoe_nb.metrics import ood_metrics
-from aoe_nb.models import small_cnn
+from aoe_nb.models import imagenet_stats, load_weights, resnet20, small_cnn
 from aoe_nb.record import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +38,8 @@ config = dict(
     alpha_255=2,
     steps=20,
     repeats=15,
+    report=dict(model='resnet20', images=128, eps_255=2, steps=20, repeats=7),
+    square=dict(images=100, queries=50),
 )
 
 
@@ -80,6 +89,53 @@ def attack_sides(c, device, seed):
     return {'aoe_nb': ours, 'torchattacks': lambda: peer(x, y)}
 
 
+def report_sides(c, device, seed):
+    "The AUROC of a trained network under PGD-20, from images to number"
+    net = load_weights(resnet20(stats=imagenet_stats), 'resnet20').to(device, memory_format=torch.channels_last).eval()
+    test = inliers('cifar10', 'test').take(slice(0, c['images']))
+    other = outliers('tinyimagenet_aux').take(slice(0, c['images']))
+    learn = Learner(test.dls(64, valid=test, device=device), net)
+    eps = c['eps_255'] / 255
+    alpha = 2.5 * eps / c['steps']
+    peer = torchattacks.PGD(net, eps=eps, alpha=alpha, steps=c['steps'], random_start=True)
+    attack = PGD(eps, c['steps'], alpha)
+
+    def theirs():
+        x, moved = (o.x.to(device) / 255 for o in (test, other))
+        moved = peer(moved, torch.zeros(len(moved), dtype=torch.long, device=device))
+        with torch.no_grad():
+            scores = torch.cat([energy(net(x)), energy(net(moved))]).cpu()
+        labels = torch.cat([torch.zeros(len(x)), -torch.ones(len(moved))]).long()
+        metrics = MetricCollection([AUROC(), AUPR('id'), AUPR('ood'), FPRAtTPR(0.95)])
+        metrics.update(scores=scores, labels=labels)
+        return metrics.compute()
+
+    return {'aoe_nb': lambda: learn.ood_report(dict(other=other), attack=attack, bs=128), 'peers': theirs}
+
+
+def outside_the_network(c, seed):
+    "The share of a Square Attack's time that is not spent in the network, {network: {norm: share}}"
+    torch.manual_seed(seed)
+    nets = dict(resnet20=resnet20().to(memory_format=torch.channels_last).eval(), small_cnn=small_cnn(3, 10).eval())
+    x = torch.rand(c['images'], 3, 32, 32)
+    res = {name: {} for name in nets}
+    for name, net in nets.items():
+        inside = []
+
+        def loss(x, net=net, inside=inside):
+            start = time.process_time()
+            value = energy(net(x))
+            inside.append(time.process_time() - start)
+            return value
+
+        for norm, eps in dict(linf=4 / 255, l2=0.5).items():
+            inside.clear()
+            start = time.process_time()
+            square(x, loss, eps, c['queries'], norm=norm, generator=torch.Generator().manual_seed(seed))
+            res[name][norm] = 1 - sum(inside) / (time.process_time() - start)
+    return res
+
+
 def medians(runs):
     return {name: float(np.median(seconds)) for name, seconds in runs.items()}
 
@@ -102,11 +158,14 @@ def main(out=ROOT / 'results/benchmarks/scores.json', seed=0):
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     metrics = alternate(metric_sides(config['scores'], seed), config['repeats'])
     attacks = alternate(attack_sides(config, 'cuda' if on_gpu else 'cpu', seed), config['repeats'], wait)
-    runs = dict(metrics=metrics, pgd20=attacks)
+    c = config['report']
+    reports = alternate(report_sides(c, 'cuda' if on_gpu else 'cpu', seed), c['repeats'], wait)
+    runs = dict(metrics=metrics, pgd20=attacks, report=reports)
     res = dict(
         median_seconds={what: medians(o) for what, o in runs.items()},
         pgd20_images_per_second={name: config['batch'] / s for name, s in medians(attacks).items()},
         ratios={what: ratio(o) for what, o in runs.items()},
+        square_outside_the_network=outside_the_network(config['square'], seed),
     )
     about = dict(experiment='benchmarks', benchmark='scores', config=config, seed=seed, **with_peers(provenance()))
     seconds = round(time.time() - start, 1)

@@ -1,6 +1,6 @@
 "What `OutlierExposure` promises, beyond what its page shows."
 
-import copy, warnings
+import copy, sys, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,11 @@ from fastai.vision.all import (
     set_seed,
 )
 from fastcore.test import test_close as close, test_eq as eq, test_fail as fails  # pytest collects what is called test_
-from aoe_nb.attack import FGSM, PGD
+from aoe_nb.attack import APGD, FGSM, MIFGSM, PGD
 from aoe_nb.batchnorm import bn_ways
 from aoe_nb.data import Images, inliers, outliers
 from aoe_nb.energy import energy
+from aoe_nb.free import FreeFGSM
 from aoe_nb.device import DeviceMixedPrecision
 from aoe_nb.exposure import OutlierExposure
 from aoe_nb.models import small_cnn
@@ -474,3 +475,72 @@ def test_no_false_alarm():
     assert not told(new_learner(trained_body).expose(china))  # a new head on a trained body
     many = Images(train.x.repeat(8, 1, 1, 1), train.y.repeat(8), train.classes)
     assert not told(Learner(many.dls(64, valid=valid), with_head()).expose(china))  # many images
+
+
+def looks(monkeypatch):
+    "Where this package asks for the value of a tensor, other than of a setting, which stays on the CPU"
+    found = []
+
+    def watched(name):
+        ask = getattr(torch.Tensor, name)
+
+        def asked(self, *args, **kwargs):
+            frame = sys._getframe(1)
+            while '/site-packages/torch/' in frame.f_code.co_filename:
+                frame = frame.f_back
+            name = frame.f_code.co_name
+            if Path(frame.f_code.co_filename).parent.name == 'aoe_nb' and name not in ('_check_eps', '_at_least_0'):
+                found.append(f'{name}:{frame.f_lineno}')
+            return ask(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, asked)
+
+    for name in ('__bool__', '__float__', '__int__', '__index__', 'item', 'tolist', 'nonzero', 'cpu', 'numpy'):
+        watched(name)
+    return found
+
+
+class Third(Callback):
+    "Looks on in the third step, from its first callback to its backward pass"
+
+    order = -100
+
+    def __init__(self, found):
+        self.found = found
+
+    def before_batch(self):
+        if self.training and self.train_iter == 2:
+            self.found.clear()
+
+    def before_backward(self):
+        if self.training and self.train_iter == 2:
+            self.learn.looked = list(self.found)
+
+
+SIX = FGSM(0.1), PGD(0.1, 3), PGD(0.1, 2, keep_best=True), APGD(0.1, 5), MIFGSM(0.1, 2), FreeFGSM(0.1)
+
+
+@pytest.mark.parametrize('bn', bn_ways)
+@pytest.mark.parametrize('i', range(len(SIX)))
+def test_a_step_asks_for_no_value_where_that_takes_long(i, bn, monkeypatch):
+    learn = new_learner(bs=16)
+    learn.expose(china, attack=SIX[i], attack_in=PGD(0.1, 2), bn=bn)
+    found = looks(monkeypatch)
+    learn.add_cb(Third(found))
+    fit(learn, 1, 1e-3)
+    usual = learn.looked
+    learn.outlier_exposure.looks_at_once = ()
+    fit(learn, 1, 1e-3)
+    assert learn.looked == [] and usual
+
+
+def test_a_check_that_was_put_off_comes_before_the_step():
+    net = new_net()
+    learn = new_learner(net, bs=16)
+    learn.expose(china, attack=FGSM(0.1), score=lambda logits: energy(logits) * torch.nan)
+    before = [p.clone() for p in net.parameters()]
+    for where in ('cpu',), ():
+        learn.outlier_exposure.looks_at_once = where
+        with pytest.raises(FloatingPointError, match='NaN in the gradient of the loss'):
+            fit(learn, 1, 1e-3)
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))

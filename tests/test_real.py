@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from published import learner, sets
@@ -11,7 +12,7 @@ from aoe_nb.data import inliers, unseen
 from aoe_nb.methods import methods
 from aoe_nb.sources import on_disk
 from aoe_nb.study.search import trial_config
-from aoe_nb.study.train import tune
+from aoe_nb.study.train import check_tune, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = 'resnet20-12fca82f.th'
@@ -61,3 +62,15 @@ def test_methods_of_a_pair_see_the_same_inliers():
     assert attacked[0] < first['plain'][0] and attacked[1] is None
     assert first['plain'][1] is None
     assert first['aoe'][1] < first['oe'][1]
+
+
+def test_bfloat16_trains_nearly_as_float32_does():
+    need('cifar10', 'tinyimagenet_aux', weights=PUBLISHED)
+    config = trial_config('cifar10', 'aoe', steps=2, bs=64, bn='frozen')
+    rows = {}
+    for precision in ('fp32', 'bf16'):
+        check_tune(config | dict(precision=precision))
+        rows[precision] = np.array(tune(config | dict(precision=precision)).energy_log.rows)
+    assert 0 < np.abs(rows['fp32'] - rows['bf16']).max() < 0.2
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, not 'fp8'"):
+        check_tune(config | dict(precision='fp8'))

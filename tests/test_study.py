@@ -368,11 +368,12 @@ def test_pages_of_claims_exist():
 
 
 def test_new_settings_are_in_new_configs_only():
-    new = {'epochs', 'curve', 'n_outliers', 'defect'}
+    new = {'epochs', 'curve', 'n_outliers', 'defect', 'precision'}
+    bf16 = dict.fromkeys(('kinds', 'sensitive'), {'precision'}) | dict(defects={'defect', 'precision'})
     old = set(protocol['tune'])
     for name in experiments[2:]:
         extra = {frozenset(set(c) - old) for c in cells(name, IDS, RESULTS)}
-        want = dict(curve={'epochs', 'curve'}, samples={'n_outliers'}, defects={'defect'}).get(name, set())
+        want = (bf16 | dict(curve={'epochs', 'curve'}, samples={'n_outliers'})).get(name, set())
         assert extra == {frozenset(want)} and want <= new
 
 

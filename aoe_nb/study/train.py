@@ -16,6 +16,7 @@ from torch import nn
 from fastcore.foundation import L
 from ..attack import check_eps, eval_mode
 from ..data import Images, inliers, outliers, unseen
+from ..device import DeviceMixedPrecision
 from ..drawn import drawn
 from ..energy import energy, energy_margin
 from ..exposure import OutlierExposure
@@ -238,6 +239,7 @@ def tune(
     attack = parts.exposure.get('attack')
     if hasattr(attack, 'learn'): attack.learn = learn # two of the defects look at more than they are given
     learn.add_cbs([OutlierExposure(parts.pool, **parts.exposure), EnergyLog(), *L(cbs)])
+    if parts.config.get('precision') == 'bf16': learn.add_cb(DeviceMixedPrecision(amp_mode=AMPMode.BF16))
     set_seed(seed, reproducible=True) # the same crops and flips for all methods, whatever was made before
     schedule = ParamScheduler(dict(lr=SchedCos(lr, 1e-6)))
     with learn.no_bar(), learn.no_logging(): learn.fit(parts.config.get('epochs', 1), lr, cbs=schedule)
@@ -248,7 +250,8 @@ def _check_words(config):
     "Refuse a word that no part stands for"
     plans = 'none',*attack_plans.plan.unique()
     known = dict(view=tuple(protocol['views']), attacks=plans, loss=('uniform','margin'),
-                 start=starts_of(config['id'], config['model']))
+                 start=starts_of(config['id'], config['model']), precision=('fp32','bf16'))
+    config = dict(precision='fp32') | config
     for k,words in known.items():
         if config[k] not in words: raise ValueError(f'{k} must be one of {", ".join(words)}, not {config[k]!r}')
     check_defect(config.get('defect', 'none'))
