@@ -405,7 +405,7 @@ _checks = [ # name, what it needs, limit, what looks for it
     ('clipped after normalising', 'attack', 1.05, _cut),
     ('wrong units', 'attack', 1.1, _units),
     ('larger than eps', 'attack', 1.01, _reach),
-    ('no gradient', 'score', .5, _flat),
+    ('no gradient', 'score', .25, _flat),
     ('best of the batch', 'attack', .15, _alone),
     ('step too small', 'attack', .1, _short_step),
     ('one draw', 'attack', .3, _one_draw),
