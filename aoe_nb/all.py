@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Images', 'inliers', 'outliers', 'outliers_table', 'unseen', 'drawn', 'painted', 'PCAGaussian', 'Mixed', 'audit',
-           'load_generator', 'load_weights', 'small_cnn', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'wrn16_4',
-           'wrn40_2', 'RandomCropFlip', 'mnist_convnet', 'resnet18_32x32', 'energy', 'msp', 'max_logit', 'entropy',
-           'joint_energy', 'uniform_ce', 'energy_margin', 'on_input', 'pytorch_ood_score', 'zoo_model', 'zoo_table',
-           'openood_learner', 'openood_published', 'openood_row', 'openood_sets', 'openood_table', 'fgsm', 'pgd',
-           'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign', 'FGSM', 'FreeFGSM', 'PGD', 'FreePGD', 'MIFGSM',
-           'APGD', 'Square', 'Gaussian', 'RandomSign', 'standard_attacks', 'OutlierExposure', 'DeviceMixedPrecision',
-           'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'open_graph', 'flag_script',
-           'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'compare_reports',
-           'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness', 'plot_transfer', 'plot_reliability',
-           'plot_step', 'plot_gains', 'sliders']
+           'attack_audit', 'load_generator', 'load_weights', 'small_cnn', 'resnet20', 'resnet32', 'resnet44',
+           'resnet56', 'wrn16_4', 'wrn40_2', 'RandomCropFlip', 'mnist_convnet', 'resnet18_32x32', 'energy', 'msp',
+           'max_logit', 'entropy', 'joint_energy', 'uniform_ce', 'energy_margin', 'on_input', 'pytorch_ood_score',
+           'zoo_model', 'zoo_table', 'openood_learner', 'openood_published', 'openood_row', 'openood_sets',
+           'openood_table', 'fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign', 'FGSM', 'FreeFGSM',
+           'PGD', 'FreePGD', 'MIFGSM', 'APGD', 'Square', 'Gaussian', 'RandomSign', 'standard_attacks',
+           'OutlierExposure', 'DeviceMixedPrecision', 'Detector', 'load_detector', 'Conformal', 'images_needed',
+           'Monitor', 'open_graph', 'flag_script', 'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval',
+           'image_bootstrap', 'compare_reports', 'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness',
+           'plot_transfer', 'plot_reliability', 'plot_step', 'plot_gains', 'sliders']
 
 # %% ../nbs/20_all.ipynb #a11f0003
 from .attack import fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign
 from .attack import FGSM, PGD, MIFGSM, APGD, Square, Gaussian, RandomSign
+from .attack_audit import attack_audit
 from .audit import audit
 from .conformal import Conformal, images_needed
 from .data import Images, inliers, outliers, outliers_table, unseen
@@ -44,7 +45,7 @@ from .plots import plot_reliability, plot_step, plot_gains, sliders
 
 # %% ../nbs/20_all.ipynb #a11f0004
 _all_ = [
-    Images, inliers, outliers, outliers_table, unseen, drawn, painted, PCAGaussian, Mixed, audit,
+    Images, inliers, outliers, outliers_table, unseen, drawn, painted, PCAGaussian, Mixed, audit, attack_audit,
     load_generator, load_weights,
     small_cnn, resnet20, resnet32, resnet44, resnet56, wrn16_4, wrn40_2, RandomCropFlip,
     mnist_convnet, resnet18_32x32,
