@@ -35,11 +35,11 @@ def _beside(name, v, x):
 # %% ../nbs/02_attack.ipynb #02b00051
 _noted = ContextVar('noted', default=None) # by whom checks are put off
 
-def _sure(fine, error):
-    "Unless the tensor `fine` is true, raise what `error` gives, if anything, at once or when `Later` looks"
+def _sure(fine, details, error):
+    "Unless the tensor `fine` is true, raise what `error` makes of `details()`, at once or when `Later` looks"
     later = _noted.get()
-    if later is not None: later.noted.append((fine,error))
-    elif not fine: _raise(error())
+    if later is not None: later.noted.append((fine, error, details())) # single numbers: no image is kept for that
+    elif not fine: _raise(error(*details()))
 
 def _raise(e):
     if e is not None: raise e
@@ -59,7 +59,7 @@ class Later:
         _noted.reset(self.before)
         if args[0] is not None: self.__init__() # an error of its own
         if not self.noted: return
-        self.fine = torch.stack([fine for fine,_ in self.noted])
+        self.fine = torch.stack([fine for fine,*_ in self.noted])
         if not self.fine.is_cuda: return
         on_gpu = self.fine # copied beside what is computed next
         self.fine = torch.empty(on_gpu.shape, dtype=torch.bool, pin_memory=True).copy_(on_gpu, non_blocking=True)
@@ -71,8 +71,8 @@ class Later:
         if self.copied is not None: self.copied.synchronize()
         noted,fine = self.noted,self.fine
         self.__init__()
-        for ok,(_,error) in zip(fine, noted):
-            if not ok: _raise(error())
+        for ok,(_,error,details) in zip(fine, noted):
+            if not ok: _raise(error(*details))
 
 # %% ../nbs/02_attack.ipynb #b260a58e
 _norms = 'linf','l2'
@@ -81,6 +81,10 @@ def _widest(x, lo, hi, norm):
     "The largest distance that two valid images can have"
     side = torch.as_tensor(hi-lo).max()
     return side if norm == 'linf' else side*math.sqrt(x[0].numel())
+
+def _outside(least, most):
+    return ValueError(f'x has values from {least:g} to {most:g}, outside [lo, hi] or NaN: '
+                      'attack pixels and normalise inside the loss, or pass lo and hi')
 
 def _check(x, eps, lo, hi, norm='linf'):
     "Refuse what would give a meaningless attack; return a plain copy of `x`, and the rest as numbers or beside it"
@@ -95,10 +99,7 @@ def _check(x, eps, lo, hi, norm='linf'):
         lo,hi = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (lo,hi))
     _check_eps(x, eps, lo, hi, norm)
     slack = 1e-3*(hi-lo) # what rounding may have added, cut off below
-    def outside():
-        return ValueError(f'x has values from {x.min():g} to {x.max():g}, outside [lo, hi] or NaN: '
-                          'attack pixels and normalise inside the loss, or pass lo and hi')
-    if x.numel(): _sure(((x >= lo-slack) & (x <= hi+slack)).all(), outside)
+    if x.numel(): _sure(((x >= lo-slack) & (x <= hi+slack)).all(), lambda: (x.min(),x.max()), _outside)
     return x.clamp(lo, hi),eps,lo,hi
 
 def _check_eps(x, eps, lo, hi, norm):
@@ -128,6 +129,11 @@ def _check_runs(steps, restarts, random_start, alpha=None):
         raise ValueError('restarts without random_start would all be the same run')
 
 # %% ../nbs/02_attack.ipynb #02b00007
+def _not_finite(finite, nan):
+    if finite: return None # only the sum of all pixels is not
+    what = 'NaN' if nan else 'infinity'
+    return FloatingPointError(f'{what} in the gradient of the loss: look at the model on this batch, in float32')
+
 def _grad(x, loss):
     "The gradient of `loss` at `x`, and the loss: parameters get none, no graph is kept"
     with torch.enable_grad():
@@ -137,11 +143,7 @@ def _grad(x, loss):
         if value.requires_grad: grad, = torch.autograd.grad(value.sum(), x, allow_unused=True)
     if grad is None: # perhaps of parameters alone
         raise ValueError('the loss does not depend on x: is there a detach, a no_grad or a rounding inside?')
-    def broken(): # a sum that is not finite may be mere overflow, so look at each pixel
-        if grad.isfinite().all(): return None
-        what = 'NaN' if grad.isnan().any() else 'infinity'
-        return FloatingPointError(f'{what} in the gradient of the loss: look at the model on this batch, in float32')
-    _sure(grad.sum().isfinite(), broken)
+    _sure(grad.sum().isfinite(), lambda: (grad.isfinite().all(),grad.isnan().any()), _not_finite)
     return grad,value.detach()
 
 # %% ../nbs/02_attack.ipynb #ee2828fc
@@ -232,7 +234,7 @@ def _better(best, x, loss):
     "The point of `x` and its loss, or `best` for the images on which that is lower"
     with torch.no_grad(): value = _per_image(loss(x.clone()), x)
     def broken(): return FloatingPointError('the loss is NaN: look at the model on this batch, in float32')
-    _sure(~value.isnan().any(), broken)
+    _sure(~value.isnan().any(), tuple, broken)
     return (x,value) if best is None else _lower(best, (x,value))
 
 # %% ../nbs/02_attack.ipynb #010db3ff

@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 from aoe_nb.attack import (
+    Later,
     APGD,
     FGSM,
     MIFGSM,
@@ -423,3 +424,18 @@ def test_pgd_in_l2_starts_no_worse_than_at_the_image(networks, steps):
 def test_scores_and_attacks_come_without_fastai():
     code = 'import aoe_nb.energy, aoe_nb.attack, sys; sys.exit("fastai" in sys.modules or "pandas" in sys.modules)'
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+
+def test_checks_that_are_put_off_keep_no_image():
+    later = Later()
+    x = torch.rand(4, 1, 8, 8)
+    with later:
+        pgd(x, lambda x: x.square().sum((1, 2, 3)), 0.1, 3, keep_best=True)
+    kept = [detail for _, _, details in later.noted for detail in details]
+    assert len(later.noted) == len(later.fine) == 6 and all(o.numel() == 1 for o in kept)
+    held = [cell.cell_contents for _, error, _ in later.noted for cell in error.__closure__ or ()]
+    assert not any(isinstance(o, torch.Tensor) for o in held)
+    later.look()
+    with pytest.raises(ValueError, match='outside'), later:
+        fgsm(x, lambda x: (_ for _ in ()).throw(ValueError('outside')), 0.1)
+    assert later.noted == []
