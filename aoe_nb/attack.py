@@ -244,8 +244,7 @@ def _descend(start, loss, steps, alpha, back, norm, best=None):
     for _ in range(steps):
         grad,value = _grad(adv, loss)
         if best is not None: best = _lower(best, (adv,_per_image(value, adv)))
-        step = _steepest(grad, norm).mul_(-alpha)
-        adv = back(step.add_(adv))
+        adv = back(adv - _steepest(grad, norm).mul_(alpha)) # in the memory format of the image, not of the gradient
     return adv if best is None else _better(best, adv, loss)[0]
 
 # %% ../nbs/02_attack.ipynb #1126ad95
@@ -287,8 +286,7 @@ def _momentum_descend(start, loss, steps, alpha, decay, back, norm):
         grad = _scaled(grad)[0].to(grad.dtype)
         size = grad.flatten(1).abs().mean(1).clamp(min=torch.finfo(grad.dtype).tiny)
         momentum = decay*momentum + grad/_wide(size, grad)
-        step = _steepest(momentum, norm).mul_(-alpha)
-        adv = back(step.add_(adv))
+        adv = back(adv - _steepest(momentum, norm).mul_(alpha))
     return adv
 
 # %% ../nbs/02_attack.ipynb #38223206
