@@ -209,6 +209,7 @@ def of_files(photos, net, item, batch=(), block=ImageBlock):
     return Learner(data.dataloaders(photos / 'pieces', bs=16, num_workers=0), net)
 
 
+@pytest.mark.slow
 def test_photos_at_full_size(photos, tmp_path, fastai_exports):
     "Resized by the rule in the file as by the learner's transforms"
     norm = Normalize.from_stats(*imagenet_stats)
