@@ -156,6 +156,7 @@ TO_COME = [  # how many cells on each set of inliers
     ('sensitive', 0, 110),
     ('defects', 0, 60),
     ('free', 10, 10),
+    ('relatives', 45, 45),
 ]
 
 
@@ -369,7 +370,7 @@ def test_pages_of_claims_exist():
 
 def test_new_settings_are_in_new_configs_only():
     new = {'epochs', 'curve', 'n_outliers', 'defect', 'precision'}
-    bf16 = dict.fromkeys(('kinds', 'sensitive'), {'precision'}) | dict(defects={'defect', 'precision'})
+    bf16 = dict.fromkeys(('kinds', 'sensitive', 'relatives'), {'precision'}) | dict(defects={'defect', 'precision'})
     old = set(protocol['tune'])
     for name in experiments[2:]:
         extra = {frozenset(set(c) - old) for c in cells(name, IDS, RESULTS)}
