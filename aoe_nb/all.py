@@ -27,7 +27,8 @@ from .detector import Detector, load_detector
 from .device import DeviceMixedPrecision
 from .drawn import drawn
 from .drift import Monitor
-from .energy import energy, msp, max_logit, entropy, joint_energy, uniform_ce, energy_margin, other_class
+from .energy import energy, msp, max_logit, entropy, joint_energy
+from .energy import uniform_ce, energy_margin, other_class
 from .evaluation import on_input, standard_attacks, transfer_matrix
 from .exposure import OutlierExposure
 from .free import FreeFGSM, FreePGD
@@ -56,7 +57,8 @@ _all_ = [
     zoo_model, zoo_table, openood_learner, openood_published, openood_row, openood_sets, openood_table,
     fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign,
     FGSM, FreeFGSM, PGD, FreePGD, MIFGSM, APGD, Square, Gaussian, RandomSign, standard_attacks,
-    OutlierExposure, Mining, exposure_of, relatives, DeviceMixedPrecision, Detector, load_detector, Conformal, images_needed, Monitor,
+    OutlierExposure, Mining, exposure_of, relatives, DeviceMixedPrecision,
+    Detector, load_detector, Conformal, images_needed, Monitor,
     open_graph, flag_script, score_card, drop_zone,
     ood_metrics, bootstrap_interval, image_bootstrap, compare_reports, transfer_matrix,
     plot_scores, plot_roc, plot_robustness, plot_transfer, plot_reliability, plot_step, plot_gains, sliders]

@@ -90,7 +90,7 @@ def other_class(
     logits_in:Tensor, # (N,C) of inliers
     logits_out:Tensor, # (M,C) of outliers
 )->Tensor: # scalar, above 0
-    """What one class more adds to the cross-entropy of inliers, and the cross-entropy of outliers to it (Chen et al. 2021)
+    """What one class more adds to the cross-entropy of inliers, and that of outliers to it (Chen et al. 2021)
 
     The class has the logit 0, and so the probability `sigmoid(energy)`.
     """

@@ -6,7 +6,6 @@
 __all__ = ['Mining']
 
 # %% ../nbs/03a_mining.ipynb #03a10002
-import torch
 from dataclasses import dataclass
 from torch import Tensor
 from fastcore.all import patch
