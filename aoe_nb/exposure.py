@@ -227,6 +227,17 @@ def _check_batch(self:OutlierExposure, xb, yb):
         raise ValueError('outlier exposure needs images, a tensor of shape (N, C, H, W); this learner trains on '
                          f'{x.dtype} of shape {tuple(x.shape)}, such as words or tables are')
 
+@patch
+def _check_mine(self:OutlierExposure):
+    "Refuse to choose where there is no pool, or one too small"
+    if self.mine is None: return
+    if isinstance(self.mine, type) or not hasattr(self.mine, 'rows'):
+        raise TypeError(f'mine must be such as Mining(.125), not {self.mine!r}')
+    if self.stream.pool is None:
+        raise ValueError('mining looks at all outliers and chooses some, but those of a loader or a function exist '
+                         'only once they are drawn: give images in memory, an array or files')
+    self.mine.span(self.stream.pool)
+
 # %% ../nbs/05_exposure.ipynb #5f0b3b80
 @patch
 def _transformed(self:OutlierExposure, x, like):
@@ -401,17 +412,6 @@ class _TrainingPass(Callback):
         if hasattr(self.learn, 'outlier_exposure'): self.learn.outlier_exposure._arm()
 
 # %% ../nbs/05_exposure.ipynb #05m00002
-@patch
-def _check_mine(self:OutlierExposure):
-    "Refuse to choose where there is no pool, or one too small"
-    if self.mine is None: return
-    if isinstance(self.mine, type) or not hasattr(self.mine, 'rows'):
-        raise TypeError(f'mine must be such as Mining(.125), not {self.mine!r}')
-    if self.stream.pool is None:
-        raise ValueError('mining looks at all outliers and chooses some, but those of a loader or a function exist '
-                         'only once they are drawn: give images in memory, an array or files')
-    self.mine.span(self.stream.pool)
-
 @patch
 @torch.no_grad()
 def _pool_scores(self:OutlierExposure, like):
