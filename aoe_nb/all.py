@@ -6,14 +6,15 @@
 __all__ = ['Images', 'inliers', 'outliers', 'outliers_table', 'unseen', 'drawn', 'painted', 'PCAGaussian', 'Mixed', 'audit',
            'attack_audit', 'load_generator', 'load_weights', 'small_cnn', 'resnet20', 'resnet32', 'resnet44',
            'resnet56', 'wrn16_4', 'wrn40_2', 'RandomCropFlip', 'mnist_convnet', 'resnet18_32x32', 'energy', 'msp',
-           'max_logit', 'entropy', 'joint_energy', 'uniform_ce', 'energy_margin', 'on_input', 'pytorch_ood_score',
-           'zoo_model', 'zoo_table', 'openood_learner', 'openood_published', 'openood_row', 'openood_sets',
-           'openood_table', 'fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign', 'FGSM', 'FreeFGSM',
-           'PGD', 'FreePGD', 'MIFGSM', 'APGD', 'Square', 'Gaussian', 'RandomSign', 'standard_attacks',
-           'OutlierExposure', 'DeviceMixedPrecision', 'Detector', 'load_detector', 'Conformal', 'images_needed',
-           'Monitor', 'open_graph', 'flag_script', 'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval',
-           'image_bootstrap', 'compare_reports', 'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness',
-           'plot_transfer', 'plot_reliability', 'plot_step', 'plot_gains', 'sliders']
+           'max_logit', 'entropy', 'joint_energy', 'uniform_ce', 'energy_margin', 'other_class', 'on_input',
+           'pytorch_ood_score', 'zoo_model', 'zoo_table', 'openood_learner', 'openood_published', 'openood_row',
+           'openood_sets', 'openood_table', 'fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign',
+           'FGSM', 'FreeFGSM', 'PGD', 'FreePGD', 'MIFGSM', 'APGD', 'Square', 'Gaussian', 'RandomSign',
+           'standard_attacks', 'OutlierExposure', 'Mining', 'exposure_of', 'relatives', 'DeviceMixedPrecision',
+           'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'open_graph', 'flag_script',
+           'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'compare_reports',
+           'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness', 'plot_transfer', 'plot_reliability',
+           'plot_step', 'plot_gains', 'sliders']
 
 # %% ../nbs/20_all.ipynb #a11f0003
 from .attack import fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign
@@ -26,14 +27,17 @@ from .detector import Detector, load_detector
 from .device import DeviceMixedPrecision
 from .drawn import drawn
 from .drift import Monitor
-from .energy import energy, msp, max_logit, entropy, joint_energy, uniform_ce, energy_margin
+from .energy import energy, msp, max_logit, entropy, joint_energy
+from .energy import uniform_ce, energy_margin, other_class
 from .evaluation import on_input, standard_attacks, transfer_matrix
 from .exposure import OutlierExposure
 from .free import FreeFGSM, FreePGD
 from .generate import PCAGaussian, Mixed, load_generator
 from .graph import flag_script, open_graph
 from .loaders import RandomCropFlip
+from .methods import exposure_of, relatives
 from .metrics import ood_metrics, bootstrap_interval, image_bootstrap, compare_reports
+from .mining import Mining
 from .models import small_cnn, resnet20, resnet32, resnet44, resnet56, wrn16_4, wrn40_2, load_weights
 from .models import mnist_convnet, resnet18_32x32
 from .openood import openood_learner, openood_published, openood_row, openood_sets, openood_table
@@ -49,11 +53,12 @@ _all_ = [
     load_generator, load_weights,
     small_cnn, resnet20, resnet32, resnet44, resnet56, wrn16_4, wrn40_2, RandomCropFlip,
     mnist_convnet, resnet18_32x32,
-    energy, msp, max_logit, entropy, joint_energy, uniform_ce, energy_margin, on_input, pytorch_ood_score,
+    energy, msp, max_logit, entropy, joint_energy, uniform_ce, energy_margin, other_class, on_input, pytorch_ood_score,
     zoo_model, zoo_table, openood_learner, openood_published, openood_row, openood_sets, openood_table,
     fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign,
     FGSM, FreeFGSM, PGD, FreePGD, MIFGSM, APGD, Square, Gaussian, RandomSign, standard_attacks,
-    OutlierExposure, DeviceMixedPrecision, Detector, load_detector, Conformal, images_needed, Monitor,
+    OutlierExposure, Mining, exposure_of, relatives, DeviceMixedPrecision,
+    Detector, load_detector, Conformal, images_needed, Monitor,
     open_graph, flag_script, score_card, drop_zone,
     ood_metrics, bootstrap_interval, image_bootstrap, compare_reports, transfer_matrix,
     plot_scores, plot_roc, plot_robustness, plot_transfer, plot_reliability, plot_step, plot_gains, sliders]

@@ -27,7 +27,7 @@ from fastai.vision.augment import RandomErasing
 from .attack import Later, check_attack, check_eps, eval_mode
 from .batchnorm import as_outliers, bn_inliers, bn_ways, refuse_scripted, replace_once
 from .distributed import bare, everywhere, part_of, same_buffers, whole
-from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, uniform_ce
+from .energy import energy, energy_margin, entropy, get_score, joint_energy, msp, other_class, uniform_ce
 from .free import Staying, free_attacks
 from .heads import answers, first_images, inner_loss, loss_name, task_of
 from .loaders import Pixels
@@ -40,7 +40,7 @@ def _uniform(logits_in, logits_out): return uniform_ce(logits_out).mean()
 
 def _no_label(logits_in, logits_out): return F.softplus(logits_out).mean()
 
-_losses = dict(uniform=_uniform, margin=energy_margin, no_label=_no_label)
+_losses = dict(uniform=_uniform, margin=energy_margin, no_label=_no_label, other_class=other_class)
 
 def _choose(what, name, table):
     "`name` itself if it can be called, else what `table` has under it"
@@ -79,12 +79,13 @@ class OutlierExposure(Callback):
         lam:float=.5, # weight of the outliers' loss; 0: nothing is drawn (but `bn='frozen'` still holds)
         attack=None, # moves the outliers, such as `FGSM(8/255)`; eps in pixels of a [0,1] image
         bn:str='inliers', # how outliers pass BatchNorm: mixed, inliers, separate, aux or frozen
-        loss='uniform', # 'uniform', 'margin', 'no_label', or a function (logits_in, logits_out) -> scalar
+        loss='uniform', # 'uniform', 'margin', 'no_label', 'other_class', or (logits_in, logits_out) -> scalar
         ratio:float=1., # outliers per inlier
         frac:float=1., # share of the outliers that is attacked
         attack_in=None, # moves the inliers up their own loss: adversarial training
         score=energy, # what the attack on outliers lowers: name, or function of logits
         seed:int=0, # of outliers, their transforms and attacks, which leave the global random state alone
+        mine=None, # which of the outliers are drawn, such as `Mining(.125)`; all if None
     ):
         self.lam = _number('lam', lam, 0, 1e6)
         self.frac = _number('frac', frac, 0, 1)
@@ -99,6 +100,8 @@ class OutlierExposure(Callback):
         self.stream = OutlierStream(outliers, seed)
         self.__stored_args__ = dict(lam=self.lam, eps=getattr(attack, 'eps', None), bn=bn, ratio=ratio, frac=frac)
         self._check_free()
+        self.mine = mine
+        self._check_mine()
         self.staying = Staying() # outliers that a free attack moves
         self.later = Later() # checks of values, where a look takes long
         self.aux = {} # the outliers' own BatchNorm statistics
@@ -147,7 +150,7 @@ def _reads(self:OutlierExposure, *names):
     "Whether the loss, or the score that an attack lowers, is one of those"
     return inner_loss(self.loss_out) in names or self.attack is not None and self.score in names
 
-_of_classes = _uniform,energy_margin,energy,msp,entropy
+_of_classes = _uniform,energy_margin,other_class,energy,msp,entropy
 
 @patch
 def _is_known(self:OutlierExposure):
@@ -187,7 +190,7 @@ def _check_head(self:OutlierExposure, logits, y, loss):
 def _check_past(self:OutlierExposure, kind):
     "Refuse outputs that have been through a softmax, or say once what they do not tell"
     if kind == self.past or not self._is_known(): return
-    if kind == 'Softmax' or kind and self._reads(energy, joint_energy, energy_margin, _no_label):
+    if kind == 'Softmax' or kind and self._reads(energy, joint_energy, energy_margin, other_class, _no_label):
         raise ValueError(f'the model ends in a {kind}, and the energy of {kind} outputs says nothing: '
                          'leave that layer out and train with cross-entropy, which has it inside')
     if kind:
@@ -223,6 +226,17 @@ def _check_batch(self:OutlierExposure, xb, yb):
     if isinstance(x, Tensor) and x.ndim != 4:
         raise ValueError('outlier exposure needs images, a tensor of shape (N, C, H, W); this learner trains on '
                          f'{x.dtype} of shape {tuple(x.shape)}, such as words or tables are')
+
+@patch
+def _check_mine(self:OutlierExposure):
+    "Refuse to choose where there is no pool, or one too small"
+    if self.mine is None: return
+    if isinstance(self.mine, type) or not hasattr(self.mine, 'rows'):
+        raise TypeError(f'mine must be such as Mining(.125), not {self.mine!r}')
+    if self.stream.pool is None:
+        raise ValueError('mining looks at all outliers and chooses some, but those of a loader or a function exist '
+                         'only once they are drawn: give images in memory, an array or files')
+    self.mine.span(self.stream.pool)
 
 # %% ../nbs/05_exposure.ipynb #5f0b3b80
 @patch
@@ -374,6 +388,7 @@ def before_batch(self:OutlierExposure):
     self.n = len(x)
     if self.draws:
         self._look_at_start()
+        if self.mine is not None and self.mine.due(self.iter): self._choose_hard(x)
         out = self._outliers(max(1, round(self.ratio*self.n)), x)
         out = self._inputs(out).to(x.dtype)
         x = torch.cat([x, out])
@@ -395,6 +410,30 @@ class _TrainingPass(Callback):
     def before_train(self): self.learn.dl = Numbered(self.dl, 'inliers')
     def before_batch(self):
         if hasattr(self.learn, 'outlier_exposure'): self.learn.outlier_exposure._arm()
+
+# %% ../nbs/05_exposure.ipynb #05m00002
+@patch
+@torch.no_grad()
+def _pool_scores(self:OutlierExposure, like):
+    "What the network, as it is now, scores this process's part of the pool, and zero for the rest"
+    cast,_ = self._precision()
+    model = bare(self.model)
+    scores = torch.zeros(self.stream.pool, device=like.device)
+    for rows in self.stream._mine(torch.arange(len(scores))).split(500):
+        x = self.pixels.encode(self._transformed(self.stream.at(rows), like))
+        with cast: out = model(as_input(model, x))
+        scores[rows.to(like.device)] = self.score(get_logits(out).float())
+    return scores
+
+@patch
+def _choose_hard(self:OutlierExposure, like):
+    "Let the stream draw what `mine` takes of the pool"
+    same_buffers(self.model, [t for both in self.aux.values() for t in both])
+    random_then = self.stream.gen.get_state()
+    with eval_mode(bare(self.model)), as_outliers(self.aux): scores = self._pool_scores(like)
+    self.stream.gen.set_state(random_then)
+    if self.stream.world > 1: distributed.all_reduce(scores, group=getattr(self.model, 'process_group', None))
+    self.stream.choose(self.mine.rows(scores.cpu()))
 
 # %% ../nbs/05_exposure.ipynb #68e45679
 @patch
@@ -641,7 +680,7 @@ def _settings(self:OutlierExposure):
     "What a run depends on beside where it is, in words that are the same in another process"
     lam,attack = self.given or (self.lam,self.attack)
     values = dict(lam=lam, attack=attack, attack_in=self.attack_in, bn=self.bn, ratio=self.ratio, frac=self.frac,
-                  loss=self.loss_out, score=self.score, seed=self.seed)
+                  loss=self.loss_out, score=self.score, seed=self.seed, mine=self.mine)
     return {name: re.sub(' at 0x[0-9a-f]+', '', repr(value)) for name,value in values.items()}
 
 @patch
@@ -905,6 +944,7 @@ def exposed(self:Learner, n=8):
     device = next(self.model.parameters()).device
     like = to_device(_first_batch(self.dls.train)[0], device)
     try:
+        if cb.mine is not None: cb._choose_hard(like)
         x = cb._transformed(cb.stream.draw(n), like)
         moved = cb._moved_out(x)
         cb.later.look()

@@ -51,6 +51,7 @@ class OutlierStream:
         self.gen = torch.Generator().manual_seed(self.seed)
         self.perm = None # of a tensor: the order of its images
         self.pos = 0 # and how many of them are used up
+        self.rows = None # those that are drawn, where they were chosen
         self.batches = None # of a loader: its iterator
         self.seeds = [] # and those of the batches that it gave in this pass
         self.asked = 0 # how many it was asked for, those that failed among them
@@ -102,7 +103,7 @@ def _no_labels(b, own):
 @patch
 def _indexed(self:OutlierStream, n):
     "The next `n` indices, a fresh permutation whenever the last is used up"
-    size = len(self.source)
+    size = self.pool if self.rows is None else len(self.rows)
     idx = []
     n = n*self.world
     while n:
@@ -112,19 +113,35 @@ def _indexed(self:OutlierStream, n):
         idx.append(self.perm[self.pos:self.pos+n])
         self.pos += len(idx[-1])
         n -= len(idx[-1])
-    return self._mine(torch.cat(idx))
+    idx = torch.cat(idx)
+    return self._mine(idx if self.rows is None else self.rows[idx])
 
 @patch
 def _mine(self:OutlierStream, x):
     "Of what all processes draw together, the part of this one"
     return x[self.rank::self.world]
 
+@patch(as_prop=True)
+def pool(self:OutlierStream):
+    "How many images there are, None where they exist only once they are drawn"
+    return len(self.source) if isinstance(self.source, (Tensor,np.ndarray,Rows)) else None
+
 @patch
-def _rows(self:OutlierStream, n):
-    "The next `n` of single images, which may change at random each time they are read"
-    idx = self._indexed(n)
-    with self._private(): x,y = self.source[idx]
+def at(self:OutlierStream, rows):
+    "The images `rows` of the pool, a tensor of indices, float in [0,1] of shape (n,C,H,W)"
+    if isinstance(self.source, Tensor): return as_pixels(self.source[rows])
+    if isinstance(self.source, np.ndarray): return as_pixels(self.source[rows.numpy()], self._called())
+    with self._private(): x,y = self.source[rows] # single images, which may change each time they are read
     return as_pixels(_no_labels((x, y), self.own))
+
+@patch
+def choose(self:OutlierStream, rows):
+    "Draw only the images `rows` of the pool from now on, a tensor of indices, in a fresh order; None: all of them"
+    if rows is not None and self.pool is None:
+        raise ValueError('nothing can be chosen from a loader or a function, whose images exist only once they are '
+                         'drawn: give images in memory, an array or files')
+    self.rows = rows
+    self.perm = None
 
 def _of_source(source, x):
     "The pixels of what `source` yields"
@@ -233,9 +250,7 @@ def _catch_up(self:OutlierStream):
 @patch
 def draw(self:OutlierStream, n):
     "The next `n` outliers, float in [0,1] of shape (n,C,H,W)"
-    if isinstance(self.source, Tensor): return as_pixels(self.source[self._indexed(n)])
-    if isinstance(self.source, np.ndarray): return as_pixels(self.source[self._indexed(n).numpy()], self._called())
-    if isinstance(self.source, Rows): return self._rows(n)
+    if self.pool is not None: return self.at(self._indexed(n))
     if callable(self.source): return self._made(n*self.world)
     self._catch_up()
     n = n*self.world
@@ -276,17 +291,22 @@ def state_dict(self:OutlierStream):
     loader = self.behind
     left = 0 if self.left is None else len(self.left)
     if self.seeds: loader = dict(seeds=[*self.seeds], left=left, before=self.before)
-    return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos, loader=loader)
+    return dict(gen=self.gen.get_state(), perm=self.perm, pos=self.pos, rows=self.rows, loader=loader)
 
 @patch
 def load_state_dict(self:OutlierStream, sd):
     "Go on where the stream of `state_dict` was; a loader gives its batches again up to there, when it is next asked"
-    if sd['perm'] is not None and (n := _length(self.source)) != len(sd['perm']):
+    rows = sd.get('rows') # states of before there was a choice have none
+    n = _length(self.source)
+    if rows is not None and (n is None or n <= rows.max()):
+        raise ValueError(f'the state has chosen outlier {int(rows.max())}, these are {n}')
+    if rows is None and sd['perm'] is not None and n != len(sd['perm']):
         raise ValueError(f'the state is that of {len(sd["perm"])} outliers, these are {n}')
     self.rewind()
     self.gen.set_state(sd['gen'].cpu())
     self.perm = sd['perm'] if sd['perm'] is None else sd['perm'].cpu()
     self.pos = sd['pos']
+    self.rows = rows if rows is None else rows.cpu()
     if not isinstance(self.source, Iterator): self.behind = sd['loader']
 
 # %% ../nbs/03_stream.ipynb #03a00021

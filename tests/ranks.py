@@ -23,6 +23,7 @@ import aoe_nb.exposure  # noqa: F401 (what Learner gains)
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.batchnorm import bn_aux, bn_inliers, bn_separate
 from aoe_nb.loaders import Pixels, RandomCropFlip
+from aoe_nb.mining import Mining
 
 torch.set_num_threads(1)
 N, GLOBAL = 48, 12  # inliers, and how many of them make a step of all processes together
@@ -100,6 +101,14 @@ def share(folder, world):
         weights = fit(learn)
     values = list(learn.recorder.values[-1])
     return dict(seen=attack.seen, noise=attack.noise, weights=weights, values=values)
+
+
+def mined(folder, world):
+    learn = learner(world)
+    exposed(learn, mine=Mining(0.1, 0.5))
+    with learn.ranks_ctx():
+        weights = fit(learn)
+    return dict(rows=learn.outlier_exposure.stream.rows, weights=weights)
 
 
 class Count(Callback):

@@ -50,7 +50,7 @@ def torchrun(world, folder, *tasks):
     return {task: [kept(task, rank) for rank in range(world)] for task in tasks}
 
 
-SHORT = 'share', 'silent_attack', 'pipeline', 'sync_bn', 'bn_local', 'alone'
+SHORT = 'share', 'mined', 'silent_attack', 'pipeline', 'sync_bn', 'bn_local', 'alone'
 
 
 @pytest.fixture(scope='module')
@@ -84,6 +84,15 @@ def test_together_they_train_what_one_process_trains(processes, request):
         assert (o['weights'] - weights).abs().max() < 1e-6
     noise = [tuple(n.tolist()) for o in res for n in o['noise']]
     assert len(set(noise)) == len(noise)
+
+
+def test_all_mine_the_same_outliers(two):
+    a, b = two['mined']
+    learn = ranks.learner(1, order=ranks.in_order(2))
+    ranks.exposed(learn, mine=ranks.Mining(0.1, 0.5))
+    weights = ranks.fit(learn)
+    assert torch.equal(a['rows'], b['rows']) and torch.equal(a['rows'], learn.outlier_exposure.stream.rows)
+    assert torch.equal(a['weights'], b['weights']) and (a['weights'] - weights).abs().max() < 1e-5
 
 
 def test_columns_are_those_of_all_processes(two):

@@ -158,6 +158,7 @@ TO_COME = [  # how many cells on each set of inliers
     ('free', 10, 10),
     ('sizes', 12, 0),
     ('longer', 6, 6),
+    ('relatives', 45, 45),
 ]
 
 
@@ -401,7 +402,7 @@ def test_pages_of_claims_exist():
 
 def test_new_settings_are_in_new_configs_only():
     new = {'epochs', 'curve', 'n_outliers', 'defect', 'precision'}
-    bf16 = dict.fromkeys(('kinds', 'sensitive', 'sizes'), {'precision'})
+    bf16 = dict.fromkeys(('kinds', 'sensitive', 'sizes', 'relatives'), {'precision'})
     bf16 |= dict(defects={'defect', 'precision'}, longer={'epochs', 'precision'})
     old = set(protocol['tune'])
     for name in experiments[2:]:

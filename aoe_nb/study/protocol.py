@@ -92,10 +92,19 @@ def _checksums(config, lock):
     known = lock['files']
     return dict(start_sha=known.get(start, ''), outliers_sha=known.get(config['outliers'], ''))
 
+def _own_settings():
+    "{method: its eps in 1/255 and the weight of its outliers}, as far as papers fix them"
+    with (files('aoe_nb')/'relatives.csv').open(encoding='utf-8') as f: table = pd.read_csv(f)
+    rows = table.drop_duplicates('method').set_index('method')[['eps_255','lam']]
+    return {method: row.dropna().to_dict() for method,row in rows.iterrows()}
+
 def _methods_of(block, lock):
-    "Each method of a block, and its eps in 1/255"
-    if block['methods'] == 'taken': return [lock['taken']] if lock['taken'] else []
-    return [(method, lock['settings']['eps_255']) for method in block['methods']]
+    "Each method of a block, and its eps in 1/255, with the weight where that is its own too"
+    if block['methods'] == 'taken':
+        return [(lock['taken'][0], dict(eps_255=lock['taken'][1]))] if lock['taken'] else []
+    searched = dict(eps_255=lock['settings']['eps_255'])
+    own = _own_settings() if block.get('eps_255') == 'own' else {}
+    return [(method, searched | own.get(method, {})) for method in block['methods']]
 
 def _more_settings(block):
     "What a block sets in all its cells, with each value of what it varies"
@@ -110,9 +119,9 @@ def _block_cells(block, id, lock, model):
     if id not in block.get('ids', starts): return
     for start in names if block['starts'] == 'all' else names[:1]:
         for seed,attacks in zip(block['seeds'], block['attacks']):
-            for method,eps in _methods_of(block, lock):
+            for method,settings in _methods_of(block, lock):
                 about = dict(experiment=block['experiment'], outliers=generator, attacks=attacks)
-                about |= dict(method=method, eps_255=eps, start=start, seed=seed)
+                about |= dict(method=method, start=start, seed=seed) | settings
                 for more in _more_settings(block): yield about | more
 
 def inliers_of(name): # of `experiments`
