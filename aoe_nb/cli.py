@@ -91,7 +91,7 @@ def command(
 # %% ../nbs/21_cli.ipynb #21c00013
 _bn = 'mixed','inliers','separate','aux','frozen'
 _presets = 'tiny','small','big'
-_networks = 'resnet20','wrn40_2'
+_networks = 'resnet20','resnet32','resnet44','resnet56','wrn40_2'
 _inliers = 'digits','digits7','cifar10','cifar100','mnist'
 _outliers = 'china','tinyimagenet_aux','300k','tin597','samples-2.0','samples-50.0','gan-cifar10','gan-cifar100'
 
@@ -175,7 +175,7 @@ def _check_run(name, ids, model, device):
 def aoe_run( # noqa: PLR0913
     name:str='', # Experiment; without one: list what there is
     ids:str='cifar10,cifar100', # Inliers, separated by commas
-    model:str='resnet20', # Or wrn40_2, which wants a GPU; a search is always over resnet20
+    model:str='resnet20', # Or another network, of which wrn40_2 wants a GPU; a search is always over resnet20
     seeds:str='', # Only these seeds, separated by commas
     out:str='results', # Folder for results
     device:str='', # cpu or cuda; default: cuda if there is one
