@@ -97,6 +97,7 @@ def __add__(self:Images, other):
     labelled = self.y is not None and other.y is not None and self.classes == other.classes
     y = torch.cat([self.y, other.y]) if labelled else None
     group = self.group if self.group == other.group else None
-    both = Images(torch.cat([self.x, other.x]), y, self.classes if labelled else None, f'{self.name}+{other.name}', group)
+    classes = self.classes if labelled else None
+    both = Images(torch.cat([self.x, other.x]), y, classes, f'{self.name}+{other.name}', group)
     if self.split == other.split: both.split = self.split
     return both

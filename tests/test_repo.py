@@ -107,7 +107,7 @@ def test_flagged_cells_are_listed():
 ROOMS = """
 lease
 energy attack metrics plots record device conformal drift distributed
-batchnorm free sources models cache cluster
+batchnorm free least sources models cache cluster
 images methods
 loaders drawn painted
 data
