@@ -112,7 +112,7 @@ images methods
 loaders drawn painted
 data
 stream
-evaluation heads resumption
+evaluation heads resumption hold
 peers audit attack_audit exposure detector openood
 generate graph
 sheet
