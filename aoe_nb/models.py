@@ -305,6 +305,8 @@ def check_weights(
 _akamaster = 'https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models'
 published = {
     'resnet20': f'{_akamaster}/resnet20-12fca82f.th',
+    'resnet32': f'{_akamaster}/resnet32-d509ac18.th',
+    'resnet44': f'{_akamaster}/resnet44-014dd654.th',
     'resnet56': f'{_akamaster}/resnet56-4bfd9763.th'}
 
 def fetched_weights(

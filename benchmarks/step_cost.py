@@ -42,13 +42,16 @@ SIZES = dict(resnet20=32, wrn40_2=32, convnext_atto=64)
 STEPS = 3  # of a turn; the first, on which the callback looks at the network, does not count
 
 
-def new_model(name):
+def new_model(name, classes=10):
+    "The network of that name, or that a function of the number of classes makes"
     torch.manual_seed(0)
+    if callable(name):
+        return name(classes)
     if name == 'convnext_atto':
         import timm
 
-        return timm.create_model(name, num_classes=10)
-    return dict(resnet20=resnet20, wrn40_2=wrn40_2)[name](10)
+        return timm.create_model(name, num_classes=classes)
+    return dict(resnet20=resnet20, wrn40_2=wrn40_2)[name](classes)
 
 
 def new_images(n, size, seed):
@@ -89,9 +92,9 @@ def now():
 class ByCallback:
     "Steps of a learner, exposed with some settings or not at all"
 
-    def __init__(self, name, n, size, **exposure):
-        train = Images(new_images(STEPS * n, size, 0), torch.arange(STEPS * n) % 10)
-        model = new_model(name).to(memory_format=torch.channels_last)
+    def __init__(self, name, n, size, classes=10, **exposure):
+        train = Images(new_images(STEPS * n, size, 0), torch.arange(STEPS * n) % classes)
+        model = new_model(name, classes).to(memory_format=torch.channels_last)
         self.learn = Learner(train.dls(n, valid=train.take(slice(0, 2))), model, loss_func=F.cross_entropy, cbs=Clock())
         if exposure:
             self.learn.expose(new_images(4 * n, size, 1), **exposure)

@@ -15,7 +15,7 @@ from .measure import tune_and_measure
 from .protocol import cells_of, chosen, experiments, inliers_of, start_config, start_name, starts_of
 from .search import done_in, search, write_chosen
 from .train import check_start, check_tune, start_sha, train_start, weights_sha
-from ..device import keep_memory
+from ..device import exact_float32, keep_memory
 from tqdm import tqdm
 
 # %% ../../nbs/study/04_grid.ipynb #35d78c39
@@ -169,6 +169,7 @@ def run_missing_cell(
 ):
     "Run one cell if it is still missing and nobody is at it; this is what each task of a cluster does"
     keep_memory()
+    exact_float32()
     if _there(config, done_in(out)): return
     run_cell(config, out, redo=config['experiment'] == 'starts', wait=False) # there are other cells
 

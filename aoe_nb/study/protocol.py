@@ -41,12 +41,14 @@ def starts_of(
     id, # 'cifar10' or 'cifar100'
     model='resnet20', # of `networks`
 )->list:
-    "Names of the five starts; only the ResNet-20 for CIFAR-10 has a published one"
-    return starts[id] if model == 'resnet20' else protocol['retrained']
+    "Names of the starts: five, but deeper ResNets for CIFAR-10 have only one, a published one"
+    if model == 'resnet20': return starts[id]
+    return ['published'] if id == 'cifar10' and model in protocol['published'] else protocol['retrained']
 
 def start_name(id, start, model='resnet20'):
     "The name under which the weights of a start are kept"
-    return 'published' if start == 'published' else f'start-{model}-{id}-{start}'
+    if start == 'published': return start if model == 'resnet20' else f'published-{model}'
+    return f'start-{model}-{id}-{start}'
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3e34d
 start_config = protocol['start']

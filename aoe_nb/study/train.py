@@ -24,7 +24,8 @@ from ..generate import Checkpoint, load_generator
 from ..loaders import RandomCropFlip
 from ..stream import pixel_batches
 from ..methods import exposure_of
-from ..models import cifar10_stats, cifar100_stats, imagenet_stats, resnet20, wrn40_2
+from ..models import cifar10_stats, cifar100_stats, imagenet_stats, resnet20, resnet32, resnet44, resnet56
+from ..models import wrn40_2
 from ..models import load_weights, save_weights, weights_file
 from .defects import check_defect, made_wrong
 from .protocol import attack_plans, curve_plans, exposed_classes, n_classes, protocol, selection_classes
@@ -70,7 +71,7 @@ def fixed_subset(
     return images.take(perm[by_turns[:n]])
 
 # %% ../../nbs/study/01_train.ipynb #1bd39b24
-networks = dict(resnet20=resnet20, wrn40_2=wrn40_2)
+networks = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44, resnet56=resnet56, wrn40_2=wrn40_2)
 pixel_stats = dict(cifar10=cifar10_stats, cifar100=cifar100_stats)
 nesterov = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 
@@ -81,7 +82,7 @@ def weights_sha(name):
 
 def start_sha(id, start, model='resnet20'):
     "As `weights_sha`, of a start"
-    if start == 'published': return protocol['published']['sha']
+    if start == 'published': return protocol['published'][model]
     return weights_sha(f'{start_name(id, start, model)}.pt')
 
 # %% ../../nbs/study/01_train.ipynb #1bd3ab9c
@@ -97,7 +98,7 @@ def load_start(
     model='resnet20', # of `networks`
 ):
     "A trained classifier to fine-tune, (N,3,32,32) in [0,1] -> logits"
-    if start == 'published': return load_weights(resnet20(stats=imagenet_stats), 'resnet20')
+    if start == 'published': return load_weights(networks[model](stats=imagenet_stats), model)
     return load_weights(networks[model](n_classes[id], pixel_stats[id]), _start_file(id, start, model))
 
 def stats_of(id, start):
