@@ -154,6 +154,7 @@ def test_wheel_with_newest_fastai(installed, tmp_path):
     assert (installed / 'aoe_demo').exists()
 
 
+@pytest.mark.slow
 def test_outliers_of_a_generator_without_a_checkout(installed, tmp_path):
     "The wheel is small enough to bring two generators along"
     out = sh(installed / 'python', '-c', PAINT, cwd=tmp_path, home=tmp_path)
@@ -185,6 +186,7 @@ def test_claims_need_only_the_results(installed, tmp_path):
     assert away['P1']['verdict'] in ('holds', 'undecided', 'fails')
 
 
+@pytest.mark.slow
 def test_nbdev_3_exports_the_same_modules(tmp_path):
     tree = tmp_path / 'tree'
     tree.mkdir()

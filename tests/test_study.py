@@ -156,6 +156,8 @@ TO_COME = [  # how many cells on each set of inliers
     ('sensitive', 0, 110),
     ('defects', 0, 60),
     ('free', 10, 10),
+    ('sizes', 12, 0),
+    ('longer', 6, 6),
 ]
 
 
@@ -211,6 +213,36 @@ def test_grid_of_another_network_needs_its_starts():
     some = cells('grid', ['cifar10'], RESULTS, 'wrn40_2')
     assert len(some) == 50 and {c['start_sha'] for c in some} == {''}
     assert {c['start'] for c in some} == {'s0', 's1', 's2', 's3', 's4'} and {c['lr'] for c in some} == {1e-3}
+
+
+def test_deeper_networks_have_one_start_that_others_published():
+    from aoe_nb.models import published
+    from aoe_nb.study.protocol import start_name, starts_of
+
+    some = cells('sizes', ['cifar10'], RESULTS)
+    assert {c['start'] for c in some} == {'published'} and len(some) == 4 * 3
+    sums = {c['model']: c['start_sha'] for c in some}
+    assert sums == protocol['published']
+    for model, checksum in sums.items():  # the file is called by its checksum
+        assert checksum in published[model] and start_name('cifar10', 'published', model) != start_name('cifar10', 's1')
+    assert len({start_name('cifar10', 'published', model) for model in sums}) == 4
+    assert starts_of('cifar10', 'resnet56') == ['published'] and starts_of('cifar10') == starts['cifar10']
+    assert len(starts_of('cifar100', 'resnet56')) == len(starts_of('cifar10', 'wrn40_2')) == 5
+
+
+@pytest.fixture
+def tf32():
+    "Switched on for a test, as cuDNN has it"
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield lambda: torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_cell_is_measured_in_whole_float32(tf32):
+    assert tf32()
+    grid.run_missing_cell(cells('grid', ['cifar10'], RESULTS)[0], RESULTS)  # it is there, so nothing is trained
+    assert not tf32()
 
 
 # What is measured: the fields of a row, in their order
@@ -369,7 +401,8 @@ def test_pages_of_claims_exist():
 
 def test_new_settings_are_in_new_configs_only():
     new = {'epochs', 'curve', 'n_outliers', 'defect', 'precision'}
-    bf16 = dict.fromkeys(('kinds', 'sensitive'), {'precision'}) | dict(defects={'defect', 'precision'})
+    bf16 = dict.fromkeys(('kinds', 'sensitive', 'sizes'), {'precision'})
+    bf16 |= dict(defects={'defect', 'precision'}, longer={'epochs', 'precision'})
     old = set(protocol['tune'])
     for name in experiments[2:]:
         extra = {frozenset(set(c) - old) for c in cells(name, IDS, RESULTS)}
