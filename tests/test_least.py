@@ -7,6 +7,7 @@ from fastai.vision.all import Callback
 from fastcore.test import test_fail as fails  # pytest collects what is called test_
 from hypothesis import given, settings, strategies as st
 from test_callbacks import CHINA, fit, new_learner
+from test_exposure import Third, looks
 from aoe_nb.attack import FGSM, eval_mode
 from aoe_nb.device import DeviceMixedPrecision
 from aoe_nb.energy import energy
@@ -89,6 +90,15 @@ def test_meaningless_settings_are_refused():
     fails(lambda: least_fgsm(x, loss, 8, 0.0), contains='divide by 255')
     fails(lambda: LeastFGSM(0.1, quantile=95), contains='must lie in [0, 1]')
     fails(lambda: LeastFGSM(0.1)(x, loss), contains='give it a target, or use it in training first')
+
+
+def test_a_step_asks_for_no_value_where_that_takes_long(monkeypatch):
+    learn = new_learner(bs=16)
+    learn.expose(CHINA, attack=LeastFGSM(16 / 255), bn='inliers')
+    learn.add_cb(Third(looks(monkeypatch)))
+    learn.outlier_exposure.looks_at_once = ()
+    fit(learn, 1, 1e-3)
+    assert learn.looked == []
 
 
 class Look(Callback):
