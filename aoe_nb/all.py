@@ -8,13 +8,13 @@ __all__ = ['Images', 'inliers', 'outliers', 'outliers_table', 'unseen', 'drawn',
            'resnet56', 'wrn16_4', 'wrn40_2', 'RandomCropFlip', 'mnist_convnet', 'resnet18_32x32', 'energy', 'msp',
            'max_logit', 'entropy', 'joint_energy', 'uniform_ce', 'energy_margin', 'other_class', 'on_input',
            'pytorch_ood_score', 'zoo_model', 'zoo_table', 'openood_learner', 'openood_published', 'openood_row',
-           'openood_sets', 'openood_table', 'fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian', 'random_sign',
-           'FGSM', 'FreeFGSM', 'PGD', 'FreePGD', 'MIFGSM', 'APGD', 'Square', 'Gaussian', 'RandomSign',
-           'standard_attacks', 'OutlierExposure', 'Mining', 'exposure_of', 'relatives', 'DeviceMixedPrecision',
-           'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'open_graph', 'flag_script',
-           'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval', 'image_bootstrap', 'compare_reports',
-           'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness', 'plot_transfer', 'plot_reliability',
-           'plot_step', 'plot_gains', 'sliders']
+           'openood_sets', 'openood_table', 'fgsm', 'least_fgsm', 'pgd', 'mifgsm', 'apgd', 'square', 'gaussian',
+           'random_sign', 'FGSM', 'FreeFGSM', 'LeastFGSM', 'PGD', 'FreePGD', 'MIFGSM', 'APGD', 'Square', 'Gaussian',
+           'RandomSign', 'standard_attacks', 'OutlierExposure', 'HoldLogits', 'Mining', 'exposure_of', 'relatives',
+           'DeviceMixedPrecision', 'Detector', 'load_detector', 'Conformal', 'images_needed', 'Monitor', 'open_graph',
+           'flag_script', 'score_card', 'drop_zone', 'ood_metrics', 'bootstrap_interval', 'image_bootstrap',
+           'compare_reports', 'transfer_matrix', 'plot_scores', 'plot_roc', 'plot_robustness', 'plot_transfer',
+           'plot_reliability', 'plot_step', 'plot_gains', 'sliders']
 
 # %% ../nbs/20_all.ipynb #a11f0003
 from .attack import fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign
@@ -32,6 +32,8 @@ from .energy import uniform_ce, energy_margin, other_class
 from .evaluation import on_input, standard_attacks, transfer_matrix
 from .exposure import OutlierExposure
 from .free import FreeFGSM, FreePGD
+from .hold import HoldLogits
+from .least import LeastFGSM, least_fgsm
 from .generate import PCAGaussian, Mixed, load_generator
 from .graph import flag_script, open_graph
 from .loaders import RandomCropFlip
@@ -55,9 +57,9 @@ _all_ = [
     mnist_convnet, resnet18_32x32,
     energy, msp, max_logit, entropy, joint_energy, uniform_ce, energy_margin, other_class, on_input, pytorch_ood_score,
     zoo_model, zoo_table, openood_learner, openood_published, openood_row, openood_sets, openood_table,
-    fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign,
-    FGSM, FreeFGSM, PGD, FreePGD, MIFGSM, APGD, Square, Gaussian, RandomSign, standard_attacks,
-    OutlierExposure, Mining, exposure_of, relatives, DeviceMixedPrecision,
+    fgsm, least_fgsm, pgd, mifgsm, apgd, square, gaussian, random_sign,
+    FGSM, FreeFGSM, LeastFGSM, PGD, FreePGD, MIFGSM, APGD, Square, Gaussian, RandomSign, standard_attacks,
+    OutlierExposure, HoldLogits, Mining, exposure_of, relatives, DeviceMixedPrecision,
     Detector, load_detector, Conformal, images_needed, Monitor,
     open_graph, flag_script, score_card, drop_zone,
     ood_metrics, bootstrap_interval, image_bootstrap, compare_reports, transfer_matrix,

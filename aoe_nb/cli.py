@@ -192,7 +192,9 @@ def aoe_run( # noqa: PLR0913
     recipes (other steps, on the images of the search), best (the best of those, on five starts, on one also under
     the hard attacks), curve (two epochs, looked at on the way), samples (fewer outliers), adv and adv_mild (inliers
     attacked), kinds (of outliers), sensitive (one setting at a time), defects (of the public code), free (attacks by
-    the gradients of training), sizes (deeper networks), longer (more epochs), relatives (methods of the same kind)"""
+    the gradients of training), sizes (deeper networks), longer (more epochs), relatives (methods of the same kind),
+    populations (other outliers, at the settings that populations_select finds), past (small changes of AOE, likewise,
+    after past_select)"""
     ids = ids.split(',')
     _check_run('' if list else name, ids, model, device)
     seeds = _numbers(seeds, 'seeds')

@@ -14,6 +14,7 @@ from . import evaluation # noqa: F401 it gives a Learner `ood_scores`
 from .attack import FGSM, PGD, check_eps
 from .data import Images, inliers, outliers, unseen
 from .exposure import OutlierExposure
+from .hold import HoldLogits
 from .methods import exposure_of, methods
 from .metrics import report_row
 from .models import small_cnn
@@ -57,7 +58,9 @@ def train(
     learn = Learner(dls, small_cnn(known.x.shape[1], dls.c), metrics=accuracy)
     settings = {name: config[name] for name in ('lam','bn','loss','seed')}
     settings |= exposure_of(config['method'], config['eps_255']/255)
+    hold = settings.pop('hold', 0.)
     learn.add_cb(OutlierExposure(outliers(config['outliers']), **settings))
+    if hold: learn.add_cb(HoldLogits(hold))
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(config['epochs'], config['lr'])
     return learn
 

@@ -288,12 +288,28 @@ def _moved(self:OutlierExposure, attack, x, f, whole=lambda x: x):
     with put_off, eval_mode(model): return attack(x, loss, generator=self._generator(x.device))
 
 @patch
-def _moved_out(self:OutlierExposure, x):
+def _score_of(self:OutlierExposure, out): return self.score(get_logits(out).float())
+
+@patch
+def _aim(self:OutlierExposure, inliers):
+    "The score to which the attack brings outliers: its target, or what it makes of the `inliers`"
+    if self.attack.target is not None: return self.attack.target
+    cast,_ = self._precision()
+    model = bare(self.model)
+    with torch.no_grad(), eval_mode(model), cast: out = model(as_input(model, inliers))
+    return self.attack.look(self._score_of(out))
+
+@patch
+def _moved_out(self:OutlierExposure, x, inliers):
     "The outliers `x`, the first `frac` of them after the attack on their score"
     n = round(self.frac*len(x))
     if self.attack is None or not n: return x
-    def score(out): return self.score(get_logits(out).float())
-    with as_outliers(self.aux): moved = self._moved(self.attack, x[:n], score)
+    attack,score = self.attack,self._score_of
+    if hasattr(attack, 'to_zero'): # it wants to know where the inliers lie
+        aim = self._aim(inliers)
+        attack = attack.to_zero
+        def score(out): return self._score_of(out) - aim
+    with as_outliers(self.aux): moved = self._moved(attack, x[:n], score)
     return torch.cat([moved, x[n:]])
 
 @patch
@@ -366,7 +382,7 @@ def _outliers(self:OutlierExposure, n, like):
         self._note_moved(drawn, moved.detach())
     else:
         drawn = draw(n)
-        moved = self._moved_out(drawn)
+        moved = self._moved_out(drawn, like)
         self._note_moved(drawn, moved)
     return moved
 
@@ -946,7 +962,7 @@ def exposed(self:Learner, n=8):
     try:
         if cb.mine is not None: cb._choose_hard(like)
         x = cb._transformed(cb.stream.draw(n), like)
-        moved = cb._moved_out(x)
+        moved = cb._moved_out(x, like.as_subclass(Tensor))
         cb.later.look()
         return x,moved
     finally: cb.load_state_dict(before)

@@ -84,3 +84,20 @@ def show(self:Images, n=10, ax=None, figsize=None):
     ax.axis('off')
     ax.set_title(self.name, loc='left', fontsize=9)
     return ax
+
+# %% ../nbs/13a_images.ipynb #00a00009
+@patch
+def __add__(self:Images, other):
+    "Both populations as one; labels, group and split stay where they have the same"
+    if not isinstance(other, Images): return NotImplemented
+    shapes = ['x'.join(map(str, o.x.shape[1:])) for o in (self,other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'{self.name} has images of {shapes[0]}, {other.name} of {shapes[1]}: '
+                         'bring both to the same channels and size first')
+    labelled = self.y is not None and other.y is not None and self.classes == other.classes
+    y = torch.cat([self.y, other.y]) if labelled else None
+    group = self.group if self.group == other.group else None
+    classes = self.classes if labelled else None
+    both = Images(torch.cat([self.x, other.x]), y, classes, f'{self.name}+{other.name}', group)
+    if self.split == other.split: both.split = self.split
+    return both

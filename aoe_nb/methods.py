@@ -11,6 +11,7 @@ from importlib.resources import files
 from .attack import FGSM, PGD, Gaussian, RandomSign
 from .energy import msp, uniform_ce
 from .free import FreeFGSM, FreePGD, free_attacks
+from .least import LeastFGSM
 from .mining import Mining
 
 # %% ../nbs/17_methods.ipynb #74e495a6
@@ -41,6 +42,8 @@ methods = dict(
     aoe_msp = lambda eps: dict(attack=FGSM(eps), score=msp),
     aoe_quarter = lambda eps: dict(attack=FGSM(eps), frac=.25),
     aoe_half = lambda eps: dict(attack=FGSM(eps), frac=.5), # the other half of the outliers as they are
+    aoe_least = lambda eps: dict(attack=LeastFGSM(eps)), # as far as each outlier needs, at most eps
+    aoe_hold = lambda eps: dict(attack=FGSM(eps), hold=1.), # inliers' logits held to those of the start
     aoe_free_pgd = lambda eps: dict(attack=FreePGD(eps)),
     aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5),
     adv = lambda eps: dict(lam=0., attack_in=PGD(eps, 5)), # no outliers, inliers up their own loss (Madry et al. 2018)
@@ -69,7 +72,7 @@ def _own_eps(method):
 def exposure_of(
     method:str, # of `methods`
     eps:float=None, # size of the step or noise, in pixels of a [0,1] image; default: that of the paper
-)->dict: # arguments for `OutlierExposure`
+)->dict: # arguments for `OutlierExposure`, and `hold`, the weight of `HoldLogits`, where a method has it
     "What `method` does with the outliers"
     if method not in methods: raise ValueError(f'unknown method {method!r}: choose from {", ".join(methods)}')
     if eps is None: eps = _own_eps(method)

@@ -107,12 +107,12 @@ def test_flagged_cells_are_listed():
 ROOMS = """
 lease
 energy attack metrics plots record device conformal drift distributed
-batchnorm free mining sources models cache cluster
-images methods
+batchnorm free least mining sources models cache
+images methods cluster
 loaders drawn painted
 data
 stream
-evaluation heads resumption
+evaluation heads resumption hold
 peers audit attack_audit exposure detector openood
 generate graph
 sheet

@@ -36,7 +36,7 @@ def runs_of(
     lock = chosen(source)
     if id not in lock: return []
     results = [r for r in _read(Path(source)/name, id) if failed or 'failed' not in r]
-    return [r for cell in cells_of(name, id, lock[id], model) for r in results if _is_of(r, cell)]
+    return [r for cell in cells_of(name, id, lock[id], model, source) for r in results if _is_of(r, cell)]
 
 # %% ../../nbs/study/05_claims.ipynb #51150e7a
 def complete(

@@ -12,9 +12,10 @@ from ..lease import Taken
 from ..models import weights_file
 from ..record import config_hash, run
 from .measure import tune_and_measure
-from .protocol import cells_of, chosen, experiments, inliers_of, start_config, start_name, starts_of
+from .protocol import cells_of, chosen, experiments, inliers_of, protocol, start_config, start_name
+from .protocol import starts_of
 from .search import done_in, search, write_chosen
-from .train import check_start, check_tune, start_sha, train_start, weights_sha
+from .train import check_start, check_tune, outliers_sha, start_sha, train_start, unmade
 from ..device import exact_float32, keep_memory
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ def _start_cells(id, model):
 def _with_checksums(config):
     "`config` with the checksums of the weights that are there, where it has none"
     start = config['start_sha'] or start_sha(config['id'], config['start'], config['model'])
-    pool = config['outliers_sha'] or weights_sha(f'{config["outliers"]}.pt')
+    pool = config['outliers_sha'] or outliers_sha(config['outliers'])
     return config | dict(start_sha=start, outliers_sha=pool)
 
 def _search_cells(id, lock, out):
@@ -46,7 +47,7 @@ def cells(
     lock = chosen(out)
     if name == 'starts': return [c for id in ids for c in _start_cells(id, model)]
     if name == 'select': return [c for id in ids for c in _search_cells(id, lock, out)]
-    return [_with_checksums(c) for id in ids if id in lock for c in cells_of(name, id, lock[id], model)]
+    return [_with_checksums(c) for id in ids if id in lock for c in cells_of(name, id, lock[id], model, out)]
 
 # %% ../../nbs/study/04_grid.ipynb #35d79b64
 def _there(config, done):
@@ -84,6 +85,12 @@ def _search_line(id, lock, todo, out):
     search(id, done)
     return len(tried),f'{len(todo)} missing in this step of the search' if todo else 'over'
 
+def _waits_for(name, id, lock):
+    "What has to be there before an experiment has cells"
+    if id not in lock: return 'the search'
+    if name == 'best': return 'the recipes'
+    return next((o['picked'] for o in protocol['cells'] if o['experiment'] == name and 'picked' in o), '')
+
 def _line(name, id, out, model):
     "What is done of an experiment, and what is left"
     lock = chosen(out)
@@ -91,7 +98,7 @@ def _line(name, id, out, model):
     if name == 'select': return _search_line(id, lock, todo, out)
     done = [o for o in map(done_in(out), todo) if o]
     if todo: return len(done),_left(len(todo)-len(done), done)
-    return 0,'waits for the recipes' if name == 'best' and id in lock else 'waits for the search'
+    return 0,f'waits for {_waits_for(name, id, lock) or "the search"}'
 
 def _on_their_way(name, id, out, model):
     "A line for each missing cell that runs, waits or failed"
@@ -112,7 +119,7 @@ def listing(
         for id in ids:
             if id not in inliers_of(name): continue
             done,left = _line(name, id, out, model)
-            rows.append(f'{name:10}{id:10}{done:4} done  {left}')
+            rows.append(f'{name:9} {id:10}{done:4} done  {left}')
             rows += _on_their_way(name, id, out, model)
     return '\n'.join(rows)
 
@@ -144,9 +151,10 @@ def lacks(
 )->str:
     "The command that makes what this cell needs, '' if all is there"
     if config['experiment'] == 'starts': return ''
-    id,pool = config['id'],config['outliers']
+    id = config['id']
     if not start_sha(id, config['start'], config['model']): return f'aoe_run starts --ids {id}'
-    return '' if weights_sha(f'{pool}.pt') else f'aoe_generate --data {id} --seed {pool[-1]}'
+    for name in unmade(config['outliers']): return f'aoe_generate --data {id} --seed {name[-1]}'
+    return ''
 
 # %% ../../nbs/study/04_grid.ipynb #35d7f455
 def _say_first(name, ids, out, model):
@@ -155,9 +163,13 @@ def _say_first(name, ids, out, model):
     waits = [i for i in ids if i not in lock and name not in ('starts','select')]
     names = ', '.join(waits)
     if waits: print(f'the search for {names} is not over (aoe_run select), so its {name} has no cells yet')
-    late = [i for i in ids if i in lock and name == 'best' and not cells(name, [i], out, model)]
+    late = [i for i in ids if i in lock and _waits_for(name, i, lock) and not cells(name, [i], out, model)]
     names = ', '.join(late)
-    if late: print(f'the recipes for {names} are not all measured (aoe_run recipes), so none is the best yet')
+    if late and name == 'best':
+        print(f'the recipes for {names} are not all measured (aoe_run recipes), so none is the best yet')
+    elif late:
+        first = _waits_for(name, late[0], lock)
+        print(f'{first} is not all measured for {names} (aoe_run {first}), so {name} has no cells yet')
     first = {lacks(c) for c in missing(name, ids, out, model)} - {''}
     if first: print(f'some runs are left out until this has been done: {"; ".join(sorted(first))}')
     return waits + late

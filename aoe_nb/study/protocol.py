@@ -6,7 +6,7 @@
 __all__ = ['here', 'protocol', 'inlier_names', 'n_classes', 'unseen_sets', 'selection_classes', 'exposed_classes', 'starts',
            'start_config', 'tune_config', 'experiments', 'exposures', 'search_space', 'asked', 'floored', 'recipes',
            'attack_plans', 'curve_plans', 'claim_texts', 'wanted', 'masking', 'rules', 'diverged_means', 'read_table',
-           'starts_of', 'start_name', 'trial_settings', 'chosen', 'inliers_of', 'cells_of']
+           'starts_of', 'start_name', 'trial_settings', 'chosen', 'inliers_of', 'cells_of', 'picked']
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3882e
 import json
@@ -14,7 +14,7 @@ import pandas as pd
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from ..record import read_result
+from ..record import read_result, result_path
 try: import tomllib
 except ImportError: import tomli as tomllib # before Python 3.11
 
@@ -87,10 +87,11 @@ def chosen(
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3ce55
 def _checksums(config, lock):
-    "The checksums that the lock file knows for the start and the generator of `config`"
+    "The checksums that the lock file knows for the start and the generators of `config`"
     start = start_name(config['id'], config['start'], config['model'])
     known = lock['files']
-    return dict(start_sha=known.get(start, ''), outliers_sha=known.get(config['outliers'], ''))
+    generators = [known[name] for name in config['outliers'].split('+') if name in known]
+    return dict(start_sha=known.get(start, ''), outliers_sha='+'.join(generators))
 
 def _own_settings():
     "{method: its eps in 1/255 and the weight of its outliers}, as far as papers fix them"
@@ -112,17 +113,20 @@ def _more_settings(block):
     for values in product(*varied.values()):
         yield block.get('set', {}) | dict(zip(varied, values))
 
-def _block_cells(block, id, lock, model):
-    "What the cells of one block set themselves"
-    names = starts_of(id, model)
+def _block_cells(block, id, lock, model, picks):
+    "What the cells of one block set themselves; `picks` is what an earlier experiment decided, None before it has"
+    names = starts_of(id, block.get('vary', {}).get('model', [model])[0])
     generator = f'gan-tiny-{id}-{block["generator"]}'
-    if id not in block.get('ids', starts): return
+    if id not in block.get('ids', starts) or picks is None: return
     for start in names if block['starts'] == 'all' else names[:1]:
         for seed,attacks in zip(block['seeds'], block['attacks']):
             for method,settings in _methods_of(block, lock):
                 about = dict(experiment=block['experiment'], outliers=generator, attacks=attacks)
                 about |= dict(method=method, start=start, seed=seed) | settings
-                for more in _more_settings(block): yield about | more
+                for more in _more_settings(block):
+                    cell = about | more
+                    cell['outliers'] = cell['outliers'].format(generator=generator, id=id, best=picks.get('best'))
+                    yield cell | picks.get('settings', {}).get((method,cell['outliers']), {})
 
 def inliers_of(name): # of `experiments`
     "The inliers on which an experiment has cells"
@@ -134,6 +138,7 @@ def cells_of(
     id, # 'cifar10' or 'cifar100'
     lock, # the entry of `chosen` for these inliers
     model='resnet20', # or 'wrn40_2', with the settings that were found for the ResNet-20
+    source='results', # folder of results, for a block whose settings are `picked`
 )->list: # configs; a checksum that the lock file does not know is empty
     "What belongs to an experiment, given what the search chose"
     settings = lock['settings']
@@ -142,10 +147,44 @@ def cells_of(
         cells = [trial_settings(id, m, **settings | extra | dict(eps_255=eps)) for m,eps in recipes]
     else:
         blocks = [o for o in protocol['cells'] if o['experiment'] == name]
-        varied = [c for block in blocks for c in _block_cells(block, id, lock, model)]
+        picks = {o: picked(o, id, lock, source) for o in {block.get('picked') for block in blocks}}
+        varied = [c for block in blocks for c in _block_cells(block, id, lock, model, picks[block.get('picked')])]
         cells = [tune_config | settings | dict(id=id, model=model) | c for c in varied]
     once = {json.dumps(c, sort_keys=True): c for c in cells}
     return [c | _checksums(c, lock) for c in once.values()]
+
+# %% ../../nbs/study/00_protocol.ipynb #bfc3e211
+def _worth(result, floor):
+    "What is maximised: mean AUROC of the energy over the sets, or less than any other if accuracy fell below `floor`"
+    if 'failed' in result or result['id_acc'] < floor: return False,result['id_acc']
+    clean = [o['AUROC'] for o in result['ood'] if (o['score'],o['attack']) == ('energy','none')]
+    return True,sum(clean)/len(clean)
+
+def _varied(name):
+    "What an experiment varies beside populations"
+    return {k for o in protocol['cells'] if o['experiment'] == name for k in o.get('vary', {})} - {'outliers'}
+
+def picked(
+    name, # of `experiments`, whose cells look at the images of the search; None: there is nothing to pick
+    id, # 'cifar10' or 'cifar100'
+    lock, # the entry of `chosen` for these inliers
+    source='results', # folder of results
+): # dict(settings, best), or None while a cell is missing
+    "The settings at which each method did best on each population, and the best of the populations in question"
+    if name is None: return {}
+    worth = {}
+    settings = {}
+    for c in cells_of(name, id, lock):
+        path = result_path(c, source)
+        if not path.exists(): return None
+        key = c['method'],c['outliers']
+        here = _worth(read_result(path), lock['floor'])
+        if key in worth and here <= worth[key]: continue
+        worth[key] = here
+        settings[key] = {k: c[k] for k in _varied(name) if k in c}
+    among = [o.format(id=id) for o in protocol['picked']['among']]
+    best = max(among, key=lambda o: worth.get(('aoe',o), (False,0)))
+    return dict(settings=settings, best=best)
 
 # %% ../../nbs/study/00_protocol.ipynb #bfc3a21a
 attack_plans = read_table('attacks.csv')
