@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both make .venv from settings.ini first.
 PYTHON ?= python3
 BIN = .venv/bin/
-PLAIN = tests tools benchmarks setup.py
+PLAIN = tests tools benchmarks examples setup.py
 export MPLBACKEND = agg
 
 # Work on small images is done before a second thread has woken up; on a busy machine two threads wait for each other.
