@@ -1,6 +1,7 @@
 """examples/imagenet.py on a miniature of ImageNet's folders: one process, two, again, and what it refuses."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -133,3 +134,42 @@ def test_weights_of_other_classes_are_refused(folder, script):
     torch.save(torch.nn.Linear(2, 2).state_dict(), other)
     with pytest.raises(SystemExit, match='is not of resnet18 with 3 classes'):
         script.main(command(folder, 'never', '--weights', other))
+
+
+# benchmarks/imagenet.py
+
+
+@pytest.fixture(scope='module')
+def benchmark():
+    folder = str(ROOT / 'benchmarks')
+    sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location('imagenet_benchmark', ROOT / 'benchmarks/imagenet.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(folder)
+    return module
+
+
+def test_the_prediction_by_hand(benchmark):
+    assert benchmark.prediction(800, 2.5, 320 * 3600) == dict(inliers_per_second=320.0, hours=1.0)
+    of_a_gpu = dict(weights=1e9, gradients=1e9, momentum=1e9, training_a_network=5e8, training_an_image=1e7)
+    of_a_gpu |= dict(attack_a_network=5e8, attack_an_image=1e7)
+    assert benchmark.gigabytes(of_a_gpu, 100, 50) == 3 + 0.5 + 1.5
+    assert benchmark.gigabytes(of_a_gpu | dict(attack_an_image=1e8), 100, 50) == 3 + 0.5 + 5
+
+
+def test_kept_bytes_by_hand(benchmark):
+    first, second = torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 2, bias=False)
+    x = torch.rand(3, 4)
+    kept = benchmark.kept(torch.nn.Sequential(first, second), lambda: second(first(x).relu()))
+    assert kept == 4 * (3 * 4 + 3 * 8)  # the input, and what relu gives, which two layers keep
+
+
+def test_the_file_holds_what_follows_from_its_parts(benchmark):
+    file = json.loads(benchmark.OUT.read_text())
+    for name in 'OE', 'AOE':
+        for kind, row in file['predicted'][name].items():
+            assert row == benchmark.prediction(16621, file['ratios'][f'{name}/plain'][kind])
+    assert file['gigabytes_a_gpu']['256 + 256 in all'] == benchmark.gigabytes(file['bytes'], 32, 32)
+    assert file['ratios']['AOE/plain']['counted'] == pytest.approx(8 / 3, rel=0.02)
+    assert file['on_gpus'] == 'not measured'
