@@ -403,7 +403,24 @@ def test_holds_names_the_sentence(capsys):
 
 def test_pages_of_claims_exist():
     pages = [o for o in claim_texts.page if o]
-    assert len(pages) == 8 and all((ROOT / 'nbs' / o).exists() for o in pages)
+    assert len(pages) == 9 and all((ROOT / 'nbs' / o).exists() for o in pages)
+
+
+def test_defaults_and_recipe_follow_what_was_found():
+    from inspect import signature
+    from aoe_nb.exposure import OutlierExposure
+
+    default = {name: o.default for name, o in signature(OutlierExposure).parameters.items()}
+    found = [o['settings'] for o in chosen(RESULTS).values()]
+    assert {o['loss'] for o in found} == {default['loss']}
+    assert default['lam'] in [o['lam'] for o in found]
+    assert default['attack_in'] is None and default['score'].__name__ == 'energy'
+    verdicts = claims(RESULTS).verdict
+    recipe = (ROOT / 'README.md').read_text().split('```python')[1]
+    assert verdicts.P8 == 'holds' and 'attack_in' not in recipe  # attacked inliers cost too much
+    assert 'attack=FGSM(' in recipe and 'fails' not in verdicts[['P1', 'P2', 'P3', 'P4']].tolist()
+    advice = (ROOT / 'nbs/experiments/what_to_use.ipynb').read_text()
+    assert "attack=FGSM(8/255), bn='frozen'" in advice and {o['bn'] for o in found} == {'frozen'}
 
 
 # Convergence, sample efficiency, inlier adversaries
