@@ -403,7 +403,7 @@ def test_holds_names_the_sentence(capsys):
 
 def test_pages_of_claims_exist():
     pages = [o for o in claim_texts.page if o]
-    assert len(pages) == 9 and all((ROOT / 'nbs' / o).exists() for o in pages)
+    assert len(pages) == 10 and all((ROOT / 'nbs' / o).exists() for o in pages)
 
 
 def test_defaults_and_recipe_follow_what_was_found():
