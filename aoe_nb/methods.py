@@ -42,11 +42,11 @@ methods = dict(
     aoe_msp = lambda eps: dict(attack=FGSM(eps), score=msp),
     aoe_quarter = lambda eps: dict(attack=FGSM(eps), frac=.25),
     aoe_half = lambda eps: dict(attack=FGSM(eps), frac=.5), # the other half of the outliers as they are
-    aoe_least = lambda eps: dict(attack=LeastFGSM(eps)), # as far as each outlier needs, at most eps
-    aoe_hold = lambda eps: dict(attack=FGSM(eps), hold=1.), # inliers' logits held to those of the start
     aoe_free_pgd = lambda eps: dict(attack=FreePGD(eps)),
     aoe_pgd_half = lambda eps: dict(attack=PGD(eps, 5), frac=.5),
     adv = lambda eps: dict(lam=0., attack_in=PGD(eps, 5)), # no outliers, inliers up their own loss (Madry et al. 2018)
+    aoe_least = lambda eps: dict(attack=LeastFGSM(eps)), # as far as each outlier needs, at most eps
+    aoe_hold = lambda eps: dict(attack=FGSM(eps), hold=1.), # inliers' logits held to those of the start
     # the relatives, each as its paper has it
     acet = lambda eps: dict(attack=PGD(eps, 40, alpha=eps/40, keep_best=True), score=_unlike_confidence,
                             loss=_confidence, lam=1.),
