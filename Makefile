@@ -60,7 +60,7 @@ site: .venv/ready
 
 results: .venv/ready
 	for o in cifar10 cifar100; do $(BIN)aoe_generate --data $$o --seed 1 --n 8 || exit 1; done
-	for o in starts select grid hard second recipes best curve samples adv adv_mild kinds sensitive defects free sizes longer relatives; do $(BIN)aoe_run $$o || exit 1; done
+	for o in starts select grid hard second recipes best curve samples adv adv_mild kinds sensitive defects free sizes longer relatives populations_select populations past_select past adversaries; do $(BIN)aoe_run $$o || exit 1; done
 
 # For tests/test_cluster.py, on Debian and Ubuntu; where it is missing that test is skipped.
 slurm:

@@ -194,7 +194,7 @@ def aoe_run( # noqa: PLR0913
     attacked), kinds (of outliers), sensitive (one setting at a time), defects (of the public code), free (attacks by
     the gradients of training), sizes (deeper networks), longer (more epochs), relatives (methods of the same kind),
     populations (other outliers, at the settings that populations_select finds), past (small changes of AOE, likewise,
-    after past_select)"""
+    after past_select), adversaries (other steps, on up to five starts)"""
     ids = ids.split(',')
     _check_run('' if list else name, ids, model, device)
     seeds = _numbers(seeds, 'seeds')

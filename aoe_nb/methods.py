@@ -8,7 +8,7 @@ __all__ = ['methods', 'exposure_of', 'step_cost', 'relatives']
 # %% ../nbs/17_methods.ipynb #74e4ccb8
 import pandas as pd, torch
 from importlib.resources import files
-from .attack import FGSM, PGD, Gaussian, RandomSign
+from .attack import APGD, FGSM, MIFGSM, PGD, Gaussian, RandomSign
 from .energy import msp, uniform_ce
 from .free import FreeFGSM, FreePGD, free_attacks
 from .least import LeastFGSM
@@ -47,6 +47,11 @@ methods = dict(
     adv = lambda eps: dict(lam=0., attack_in=PGD(eps, 5)), # no outliers, inliers up their own loss (Madry et al. 2018)
     aoe_least = lambda eps: dict(attack=LeastFGSM(eps)), # as far as each outlier needs, at most eps
     aoe_hold = lambda eps: dict(attack=FGSM(eps), hold=1.), # inliers' logits held to those of the start
+    aoe_pgd2 = lambda eps: dict(attack=PGD(eps, 2)),
+    aoe_pgd10 = lambda eps: dict(attack=PGD(eps, 10)),
+    aoe_pgd20 = lambda eps: dict(attack=PGD(eps, 20)),
+    aoe_mi = lambda eps: dict(attack=MIFGSM(eps, 10)),
+    aoe_apgd = lambda eps: dict(attack=APGD(eps, 10)),
     # the relatives, each as its paper has it
     acet = lambda eps: dict(attack=PGD(eps, 40, alpha=eps/40, keep_best=True), score=_unlike_confidence,
                             loss=_confidence, lam=1.),

@@ -221,7 +221,8 @@ aoe_quarter aoe_half aoe_free_pgd aoe_pgd_half adv""".split()
 def test_older_methods_are_what_they_were():
     "Finished runs have their names"
     eq(list(methods)[: len(OLDER)], OLDER)
-    eq({*methods} - {*OLDER}, {*RELATIVES, 'aoe_least', 'aoe_hold'})
+    newer = 'aoe_least', 'aoe_hold', 'aoe_pgd2', 'aoe_pgd10', 'aoe_pgd20', 'aoe_mi', 'aoe_apgd'
+    eq({*methods} - {*OLDER}, {*RELATIVES, *newer})
     eq(exposure_of('aoe', 0.1), dict(attack=FGSM(0.1)))
     eq(exposure_of('aoe_pgd_half', 0.1), dict(attack=PGD(0.1, 5), frac=0.5))
     eq(exposure_of('adv', 0.1), dict(lam=0.0, attack_in=PGD(0.1, 5)))

@@ -163,6 +163,7 @@ TO_COME = [  # how many cells on each set of inliers
     ('populations', 30, 30),
     ('past_select', 13, 13),
     ('past', 20, 20),
+    ('adversaries', 21, 21),
 ]
 WAITS = dict(populations='populations_select', past='past_select')  # has no cells before that is measured
 
@@ -427,9 +428,9 @@ def test_defaults_and_recipe_follow_what_was_found():
 
 
 def test_new_settings_are_in_new_configs_only():
-    new = {'epochs', 'curve', 'n_outliers', 'defect', 'precision'}
+    new = {'epochs', 'curve', 'n_outliers', 'defect', 'precision', 'surface'}
     bf16 = dict.fromkeys(('kinds', 'sensitive', 'sizes', 'relatives'), {'precision'})
-    bf16 |= dict(defects={'defect', 'precision'}, longer={'epochs', 'precision'})
+    bf16 |= dict(defects={'defect', 'precision'}, longer={'epochs', 'precision'}, adversaries={'precision', 'surface'})
     bf16 |= dict.fromkeys(('populations_select', 'populations'), {'n_outliers', 'precision'})
     old = set(protocol['tune'])
     leads = {frozenset({'precision', *o}) for o in ([], ['hold'], ['quantile'])}
