@@ -294,6 +294,7 @@ def aoe_audit(
 ):
     "Check populations for what would falsify an experiment; exits with an error on a fault"
     _known_inliers(id)
+    _within('size', size, 0, 10_000, ' pixels')
     if exposed: _known_outliers(exposed, _outliers)
     names = _unseen_names(id)
     wanted = sets.split(',') if sets else names

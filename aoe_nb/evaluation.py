@@ -10,6 +10,7 @@ import warnings, numpy as np, pandas as pd, torch
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
+from itertools import chain
 from torch import Tensor
 from fastcore.all import patch
 from fastai.learner import Learner
@@ -102,7 +103,8 @@ class Bench:
 
     def __post_init__(self):
         self.model = self.learn.model
-        self.device = next(self.model.parameters()).device
+        some = next(chain(self.model.parameters(), self.model.buffers()), None)
+        self.device = torch.device('cpu') if some is None else some.device
         self.pixels = Pixels(self.learn.dls.train)
         self.score = get_score(self.score)
         if self.inliers is None: self.inliers = _validation(self.learn.dls)
@@ -132,7 +134,7 @@ class Bench:
         else:
             if logits is None: logits = self.logits(x)
             _check_logits(logits, score)
-            res = score(logits)
+            res = score(logits.clone()) # a score may work in place
         if res.shape != x.shape[:1]:
             raise ValueError(f'a score must be one number an image, shape ({len(x)},), not {tuple(res.shape)}')
         return res
@@ -254,7 +256,9 @@ def attacked(
     "The images of `source` after `attack` on the score"
     move = self.attacker(attack, sign)
     with eval_mode(self.model):
-        return torch.cat([move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs, self.learn)])
+        moved = [move(x.to(self.device)).cpu() for x in pixel_batches(source, self.bs, self.learn)]
+    if not moved: raise ValueError('there are no images to attack')
+    return torch.cat(moved)
 
 @patch
 def attacked_images(
@@ -287,7 +291,8 @@ def _numbered_for(learn, inliers):
     new = [str(name) for name in classes if str(name) not in numbers]
     if new: raise ValueError(f'{inliers.name} has classes that the learner does not know: {", ".join(new[:5])}')
     res = inliers.take(slice(None))
-    res.y = torch.tensor([numbers[str(name)] for name in classes])[inliers.y]
+    theirs = torch.tensor([numbers[str(name)] for name in classes])[inliers.y.clamp(min=0)]
+    res.y = torch.where(inliers.y < 0, inliers.y, theirs) # below zero is no class
     return res
 
 @patch
@@ -588,7 +593,7 @@ def table(
     "`metric` of each score under each attack on that score"
     res = {}
     for name,score in scores.items():
-        bench = replace(self, score=score)
+        bench = replace(self, score=score, sets=self.images, inliers=self.known) # opened once
         res[name] = {k: bench.metrics(attack, attacked)[metric][row] for k,attack in attacks.items()}
     return pd.DataFrame(res).T.rename_axis(index='score', columns='attack')
 

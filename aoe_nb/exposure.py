@@ -242,16 +242,15 @@ def _check_mine(self:OutlierExposure):
 @patch
 def _transformed(self:OutlierExposure, x, like):
     "The outliers `x` after the training pipeline's transforms of pixels, in the channels and size of `like`"
-    x = TensorImage(x.to(like.device))
+    x = x.to(like.device)
     # grey images of a folder, which fastai would have opened in colour
     if x.shape[1] == 1: x = x.expand(-1, like.shape[1], -1, -1)
-    if self.pixels.before:
-        steps = Pipeline(self.pixels.before, split_idx=self.pixels.split_idx)
-        with self.stream._private(): x = steps((x,))[0]
+    if self.pixels.whole or self.pixels.before:
+        with self.stream._private(): x = self.pixels.through(x, self.pixels.split_idx)
     if x.shape[1:] != like.shape[1:]:
         raise ValueError(f'outliers have shape {tuple(x.shape[1:])}, inliers {tuple(like.shape[1:])}: '
                          'bring the outliers to the channels and size of the inliers')
-    return x.as_subclass(Tensor).clamp(0, 1)
+    return x.clamp(0, 1)
 
 @patch
 def _inputs(self:OutlierExposure, x):

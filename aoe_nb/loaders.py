@@ -16,14 +16,14 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 from fastcore.all import L, chunked, patch
-from fasttransform import DisplayedTransform, Transform
+from fasttransform import DisplayedTransform, Pipeline, Transform
 from .distributed import whole
 from .images import Images
 from .sources import class_of, fit, image_files, is_image, read_file, read_images
 import fastai.vision.data # noqa: F401 (how batches of images are shown)
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader
-from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
+from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize, ToTensor
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, default_device, no_random
 from sklearn.model_selection import train_test_split
@@ -269,15 +269,29 @@ class Pixels:
     "From [0,1] images to a model's inputs and back, by the `Normalize` of a `DataLoader`, if it has one"
     def __init__(self, dl):
         steps = getattr(getattr(whole(dl), 'after_batch', None), 'fs', [])
+        steps = [o for o in steps if not isinstance(o, ToTensor)]
+        kinds = [type(o) for o in steps]
+        n_whole = kinds.index(IntToFloatTensor) if IntToFloatTensor in kinds else 0
+        self.whole = steps[:n_whole] # transforms of whole numbers up to 255
         steps = [o for o in steps if not isinstance(o, IntToFloatTensor)]
         found = [o for o in steps if isinstance(o, Normalize)]
         if len(found) > 1: raise ValueError('the pipeline normalises twice: remove one Normalize')
         self.norm = found[0] if found else None
         i = steps.index(self.norm) if found else len(steps)
-        self.before = steps[:i] # transforms of pixels
+        self.before = steps[len(self.whole):i] # transforms of pixels
         self.after = steps[i+1:] # transforms of normalised inputs
         # training transforms run where this is 0, and nowhere if the data set has no split
         self.split_idx = getattr(getattr(dl, 'dataset', None), 'split_idx', None)
+
+    def through(self, x, split_idx, leave=()):
+        "[0,1] images after the transforms before `Normalize`, where and when the pipeline has them; kinds to `leave` out"
+        def active(steps): return [o for o in steps if o.split_idx in (None,split_idx) and not isinstance(o, leave)]
+        def run(steps, x): return Pipeline(steps, split_idx=split_idx)((TensorImage(x),))[0].as_subclass(Tensor)
+        whole,steps = active(self.whole),active(self.before)
+        any_range = all(isinstance(o, RandomCropFlip) for o in whole)
+        if not any_range: x = run(whole, (255*x).round().byte()).float()/255
+        elif whole: x = run(whole, x)
+        return run(steps, x) if steps else x
 
     def stats(self, x):
         "The mean and the standard deviation, where `x` is and in its precision"

@@ -16,6 +16,7 @@ from .data import Images, named
 from .loaders import Pixels, Rows, as_pixels, batch_of, batches_of
 from .loaders import fitted, image_batch, learner_shape, opened, pair
 from fastai.torch_core import TensorImage, no_random
+from fastai.vision.augment import AffineCoordTfm, RandomResizedCropGPU
 from fastcore.all import patch
 
 # %% ../nbs/03_stream.ipynb #98df31e4
@@ -324,8 +325,7 @@ def check_fit(self:OutlierStream, learn):
     if shape is None: return
     if x.shape[1] == 1: x = x.expand(-1, shape[0], -1, -1)
     pixels = Pixels(learn.dls.train)
-    if pixels.before:
-        with no_random(): x = Pipeline(pixels.before, split_idx=pixels.split_idx)((TensorImage(x),))[0]
+    with no_random(): x = pixels.through(x, pixels.split_idx)
     if any(want not in (None,got) for want,got in zip(shape, x.shape[1:])):
         raise ValueError(f'outliers have shape {tuple(x.shape[1:])}, inliers {shape}: '
                          'bring the outliers to the channels and size of the inliers')
@@ -334,16 +334,29 @@ def check_fit(self:OutlierStream, learn):
 def labelled_batches(
     source, # name, path, or images in any form
     bs=256,
-    learn=None, # that they are given to: files go through its transforms, and grey images get the channels it expects
+    learn=None, # that they are given to: they go through its transforms, and grey images get the channels it expects
 ):
     "Batches of [0,1] images and their labels, None where there are none"
     source = given(source, learn)
     shape = None if learn is None else learner_shape(learn)
     if isinstance(source, (Tensor,np.ndarray)) and shape: _say_size(source, shape)
     by_hand = isinstance(source, (Images,Rows)) # the sizes of a loader or a tensor are their maker's affair
+    been_through = learn is None or hasattr(source, 'after_batch') # a loader of fastai's does it itself
     for x,y in batches_of(source, bs):
         if shape: x = fitted(x, shape if by_hand else (shape[0],None,None))
-        yield x,y
+        yield (x if been_through else _as_validated(x, learn)),y
+
+_of_size = AffineCoordTfm,RandomResizedCropGPU # of whole batches
+
+def _as_validated(x, learn):
+    "[0,1] images after what the learner's transforms of batches do to pixels in validation"
+    loaders = learn.dls.loaders
+    pixels = Pixels(loaders[min(1, len(loaders)-1)])
+    with no_random(): x = pixels.through(x, 1, _of_size)
+    after = [o for o in pixels.after if o.split_idx != 0]
+    if not after: return x
+    with no_random(): inputs = Pipeline(after, split_idx=1)((TensorImage(pixels.encode(x)),))[0]
+    return pixels.decode(inputs)
 
 def _say_size(x, shape):
     "Warn of a tensor whose images do not have the size that a learner was trained on"

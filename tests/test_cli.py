@@ -88,6 +88,7 @@ REFUSED = [
     ('aoe_fetch', 'svhn,svnh', "unknown data set 'svnh'"),
     ('aoe_audit', 'a --id b', 'not allowed'),
     ('aoe_audit', 'nowhere', 'unknown set of inliers'),
+    ('aoe_audit', '--size -3', 'size must lie in'),
     ('aoe_audit', '--sets flower,x', "'x' is neither"),
     ('aoe_audit', '--exposed x', "'x' is neither a file nor a folder, nor one of china"),
     ('aoe_detect', '', 'give a model and a folder'),

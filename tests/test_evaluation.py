@@ -6,12 +6,14 @@ import numpy as np, pandas as pd, pytest, torch
 import fastai.callback.all  # noqa: F401 (brings `no_bar`)
 from aoe_nb.attack import FGSM, PGD
 from aoe_nb.cache import fingerprint, kept
-from aoe_nb.data import inliers, unseen
+from aoe_nb.data import Images, inliers, unseen
 from aoe_nb.energy import energy, msp
 from aoe_nb.evaluation import Bench, on_input
 from aoe_nb.loaders import Pixels
 from aoe_nb.models import small_cnn
 from fastai.learner import Learner
+from fastai.torch_core import TensorImage
+from fasttransform import Transform
 
 
 @pytest.fixture(scope='module')
@@ -274,3 +276,89 @@ def test_a_set_by_the_name_of_another_row_is_refused(learn, some, name):
 def test_a_set_without_images_is_named(learn, some):
     with pytest.raises(ValueError, match='no images in nothing'):
         learn.ood_report({'some': some, 'nothing': some.take(slice(0, 0))})
+
+
+# what a learner does to images in validation, it does to all
+
+
+class Changed(Transform):
+    "A transform of batches, not for training alone; by default before whole numbers become floats, as fastai has it"
+
+    def __init__(self, f, order=0):
+        self.f = f
+        self.order = order
+
+    def encodes(self, x: TensorImage):
+        return self.f(x)
+
+
+orders = dict(
+    whole=Changed(lambda x: x // 2),
+    pixels=Changed(torch.sqrt, 20),
+    inputs=Changed(lambda x: x.clamp(max=0.5), 100),
+)
+
+
+def changing(step, n=40):
+    "A learner with that transform, and its validation images"
+    x = torch.randint(256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = Images(x, torch.arange(n) % 3, ['a', 'b', 'c'])
+    torch.manual_seed(0)
+    dls = images.dls(8, valid=images, batch_tfms=step, normalize=([0.5], [0.4]))
+    return Learner(dls, small_cnn(1, 3, 4)), images
+
+
+@pytest.mark.parametrize('when', orders)
+def test_a_transform_of_validation_reaches_images_of_any_form(when):
+    learn, images = changing(orders[when])
+    want = learn.ood_scores(learn.dls.valid)
+    loader = torch.utils.data.DataLoader(images.x, 16)
+    for source in images, images.x, [o for o in images.x.float() / 255], loader:
+        torch.testing.assert_close(learn.ood_scores(source), want, atol=1e-4, rtol=0)
+    untouched = Learner(images.dls(8, valid=images, normalize=([0.5], [0.4])), learn.model)
+    assert not torch.allclose(untouched.ood_scores(images), want, atol=1e-3)
+
+
+def test_outliers_are_whole_numbers_where_inliers_are():
+    learn, images = changing(Changed(lambda x: x // 2))
+    pixels = Pixels(learn.dls.train)
+    x = images.x[:5].float() / 255
+    assert torch.equal(pixels.through(x, 0), (images.x[:5] // 2).float() / 255)
+
+
+# small things that a report must not trip over
+
+
+def in_place(logits):
+    logits /= 1000
+    return -logits.logsumexp(1)
+
+
+def test_a_score_that_works_in_place_changes_nothing_else(learn, sets):
+    usual = learn.id_report()
+    report = learn.ood_report(sets, score=in_place)
+    assert report.attrs['id'] == pytest.approx(usual)
+
+
+def test_no_class_is_not_the_last_class():
+    learn, images = changing(Changed(lambda x: x))
+    images.y[::2] = -1
+    for classes in images.classes, None:
+        with pytest.raises(ValueError, match='labels from -1'):
+            learn.id_report(Images(images.x, images.y, classes))
+
+
+def test_a_table_asks_a_generator_once(learn, some):
+    "Of the sets and of the inliers"
+    known = learn.dls.valid.dataset
+    batches = ((known.x[i : i + 50], known.y[i : i + 50]) for i in (0, 50))
+    sets = dict(a=(x for x in some.x.split(40)))
+    table = learn.attack_table(sets, dict(energy=energy, msp=msp), dict(none=None), inliers=batches)
+    assert table.none.notna().all()
+
+
+def test_nothing_to_attack_and_nothing_to_train(learn, some):
+    with pytest.raises(ValueError, match='no images to attack'):
+        learn.attacked_images(some.take(slice(0, 0)), FGSM(0.1))
+    flat = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((1, 7)), torch.nn.Flatten())
+    assert len(Learner(learn.dls, flat).ood_scores(some)) == len(some)
