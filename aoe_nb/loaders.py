@@ -284,7 +284,7 @@ class Pixels:
         self.split_idx = getattr(getattr(dl, 'dataset', None), 'split_idx', None)
 
     def through(self, x, split_idx, leave=()):
-        "[0,1] images after the transforms before `Normalize`, where and when the pipeline has them; kinds to `leave` out"
+        "[0,1] images after the transforms before `Normalize`, where and when the pipeline has them, but for `leave`"
         def active(steps): return [o for o in steps if o.split_idx in (None,split_idx) and not isinstance(o, leave)]
         def run(steps, x): return Pipeline(steps, split_idx=split_idx)((TensorImage(x),))[0].as_subclass(Tensor)
         whole,steps = active(self.whole),active(self.before)
