@@ -134,33 +134,34 @@ def _code(code):
         if isinstance(o, CodeType): yield from _code(o)
         else: yield repr(sorted(o, key=repr) if isinstance(o, frozenset) else o)
 
+_looks_up = 'LOAD_GLOBAL','LOAD_NAME','LOAD_FROM_DICT_OR_GLOBALS'
+
 def _names(code):
-    "Names that `code` looks up, and modules that it imports"
-    names = set(code.co_names)
-    imports = {o.argval for o in dis.get_instructions(code) if o.opname == 'IMPORT_NAME'}
+    "All names in `code`, those that it looks up in its module, and modules that it imports"
+    steps = list(dis.get_instructions(code))
+    looked_up = {o.argval for o in steps if o.opname in _looks_up}
+    res = set(code.co_names),looked_up,{o.argval for o in steps if o.opname == 'IMPORT_NAME'}
     for o in code.co_consts:
-        inner = _names(o) if isinstance(o, CodeType) else (set(),set())
-        names |= inner[0]
-        imports |= inner[1]
-    return names,imports
+        if isinstance(o, CodeType): res = tuple(a|b for a,b in zip(res, _names(o)))
+    return res
 
 def _in_function(f, seen):
     "The code of a function, and what it holds and looks up"
-    names,imports = _names(f.__code__)
+    names,looked_up,imports = _names(f.__code__)
     yield from _code(f.__code__)
     yield from _parts([f.__defaults__, f.__kwdefaults__], seen)
     held = [cell.cell_contents for cell in f.__closure__ or () if cell != CellType()] # which is empty
     for o in held: yield from _inside(o, seen)
-    yield from _looked_up(f.__globals__, names, seen)
+    yield from _looked_up(f.__globals__, looked_up, names, seen)
     package = f.__globals__.get('__package__')
     for name in sorted(imports):
         module = sys.modules.get(f'{package}.{name}') or sys.modules.get(name)
         if module is None: raise Unnamed(f'{name}, which {f.__qualname__} imports')
         yield from _in_module(module, names, seen)
 
-def _looked_up(space, names, seen):
-    "What `names` stand for in a namespace"
-    for name in sorted(names & space.keys()):
+def _looked_up(space, looked_up, names, seen):
+    "What is looked up in a namespace, and what all `names` stand for in the modules there"
+    for name in sorted(looked_up & space.keys()):
         yield name
         if isinstance(space[name], ModuleType): yield from _in_module(space[name], names, seen)
         else: yield from _inside(space[name], seen)
@@ -171,7 +172,7 @@ def _in_module(module, names, seen):
     asked = module.__name__,frozenset(names)
     if asked in seen or not _is_own(module.__name__): return
     seen.add(asked)
-    yield from _looked_up(vars(module), names, seen)
+    yield from _looked_up(vars(module), names, names, seen)
 
 def _in_class(cls, seen):
     "What is in the body of a class, and its bases"
