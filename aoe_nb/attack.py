@@ -11,7 +11,7 @@ import bisect, math, torch
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/02_attack.ipynb #kd000001
 def _wide(v, x):
@@ -671,10 +671,16 @@ class RandomSign(_Sized):
         return random_sign(x, self.eps, generator, lo, hi)
 
 # %% ../nbs/02_attack.ipynb #90c25cf2
+def _changes_itself(module):
+    "Whether `train` is its own, and may do more than set the mode"
+    return getattr(module.train, '__func__', None) is not nn.Module.train
+
 @contextmanager
 def eval_mode(model):
     "`model` in eval mode; every module gets its own mode back, whatever happens"
     modes = [(m,m.training) for m in model.modules()]
     try: yield model.eval()
     finally:
+        for module,mode in modes: # a module before its parts
+            if module.training != mode and _changes_itself(module): module.train(mode)
         for module,mode in modes: module.training = mode

@@ -6,7 +6,7 @@
 __all__ = ['cues', 'duplicates', 'blockiness', 'border', 'cue_auroc', 'normalisation_faults', 'audit', 'summary']
 
 # %% ../nbs/12_audit.ipynb #31cd356e
-import re, imagehash, numpy as np, pandas as pd, torch
+import re, unicodedata, imagehash, numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import Tensor
 from .data import Images, outliers
@@ -104,13 +104,21 @@ def cue_auroc(
     return aurocs
 
 # %% ../nbs/12_audit.ipynb #5cabb793
+def _plain(name):
+    "`name` in small letters, marks and digits of any script, with single spaces between words"
+    letters = unicodedata.normalize('NFKC', name).casefold()
+    words = ''.join(c if unicodedata.category(c)[0] in 'LMN' else ' ' for c in letters)
+    return ' '.join(words.split())
+
+def _uncounted(names):
+    "`names` without the numbers before them, as in '056.dog', if that leaves a word and no two become one"
+    words = [re.sub(r'^\W*\d+[\W_]+(?=.*[^\W\d_])', '', name) for name in names]
+    return words if len(set(words)) == len(set(names)) else names
+
 def _names(o):
-    "The names of all classes and of their synonyms, in plain small letters"
-    names = set()
-    for c in o.classes or []:
-        for synonym in str(c).split(','):
-            names.add(re.sub(r'[^a-z]+', ' ', synonym.lower()).strip())
-    return names - {''}
+    "The names of all classes and of their synonyms, as words"
+    names = _uncounted([str(c) for c in o.classes or []])
+    return {_plain(synonym) for name in names for synonym in name.split(',')} - {''}
 
 def _shared_names(a, b):
     "Class names on both sides, and words that a name of one side shares with a whole name of the other"

@@ -6,12 +6,13 @@
 __all__ = ['Unnamed', 'code_of', 'fingerprint', 'kept']
 
 # %% ../nbs/15_cache.ipynb #2072d809
-import hashlib, inspect, io, sys, warnings, numpy as np, torch
+import dis, hashlib, inspect, io, sys, sysconfig, warnings, numpy as np, torch
 from dataclasses import is_dataclass
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from torch import Tensor, nn
 from .record import write_whole
 
@@ -19,25 +20,38 @@ from .record import write_whole
 class Unnamed(Exception):
     "Something that a result depends on and that no name tells from all else"
 
-@lru_cache(None)
+_digests = {} # of modules: what they were loaded by, and the digest
+
 def code_of(
     module:str, # its full name
 )->str:
-    "Digest of the file that `module` was read from"
-    if module == 'builtins': return ''
-    if module in sys.modules: file = getattr(sys.modules[module], '__file__', None)
-    else: file = getattr(find_spec(module), 'origin', None)
+    "Digest of the file that `module` was read from, the last time it was loaded"
+    if module in sys.builtin_module_names: return ''
+    loaded = sys.modules.get(module)
+    spec = find_spec(module) if loaded is None else getattr(loaded, '__spec__', None)
+    known = _digests.get(module)
+    if known and known[0] is spec: return known[1] # to load it again makes another spec
+    file = getattr(spec, 'origin', None) if loaded is None else getattr(loaded, '__file__', None)
+    if file is None and hasattr(loaded, '__path__'): return '' # a folder
     if file is None: raise Unnamed(f'code of {module}, which is not in a file')
-    return hashlib.sha1(Path(file).read_bytes()).hexdigest()
+    try: digest = hashlib.sha1(Path(file).read_bytes()).hexdigest()
+    except OSError: raise Unnamed(f'code of {module}, whose file is gone') from None
+    _digests[module] = spec,digest
+    return digest
+
+def _is_held(o):
+    "Whether the name of `o` leads back to it"
+    try: found = attrgetter(o.__qualname__)(sys.modules.get(o.__module__))
+    except AttributeError: return False
+    same = isinstance(o, FunctionType) and getattr(found, '__code__', None) is o.__code__
+    return found is o or same and not o.__closure__ # as after `%autoreload`
 
 def _named(o):
     "Name and code of a class or function, if the name leads back to it"
     module = o.__module__
     name = o.__qualname__
     if module == '__main__' or '<' in name: raise Unnamed(f'{name}, which is not in a module')
-    outer = name.split('.')[0]
-    if isinstance(o, FunctionType) and getattr(sys.modules.get(module), outer, None) is None:
-        raise Unnamed(f'{name}, which its module does not hold')
+    if not _is_held(o): raise Unnamed(f'{name}, which its module does not hold')
     return f'{module}.{name}{code_of(module)}'
 
 # %% ../nbs/15_cache.ipynb #0940bc14
@@ -56,32 +70,122 @@ def _items(o):
     if isinstance(o, dict): return list(o.items())
     return sorted(o, key=repr) if isinstance(o, set) else list(o)
 
-def _parts(o):
+def _parts(o, seen):
     "Strings and arrays that tell `o` from anything that would give other numbers"
     yield type(o).__name__
     if o is None or isinstance(o, _plain): yield repr(o)
     elif isinstance(o, (np.ndarray,Tensor)): yield from _values(o)
     elif isinstance(o, (dict,list,tuple,set)):
         yield str(len(o))
-        for item in _items(o): yield from _parts(item)
-    elif isinstance(o, partial): yield from _parts([o.func, o.args, o.keywords])
-    elif isinstance(o, (type,FunctionType)): yield _named(o)
-    elif isinstance(o, BuiltinFunctionType) and (o.__self__ is None or inspect.ismodule(o.__self__)):
+        for item in _items(o): yield from _parts(item, seen)
+    elif isinstance(o, partial): yield from _parts([o.func, o.args, o.keywords], seen)
+    elif isinstance(o, (type,FunctionType)):
+        yield _named(o)
+        yield from _read_by(o, seen)
+    elif isinstance(o, BuiltinFunctionType) and (o.__self__ is None or isinstance(o.__self__, (ModuleType,type))):
         yield f'{o.__module__}.{o.__qualname__}'
     elif hasattr(o, 'identity') and not isinstance(o, nn.Module):
-        yield from _parts(o.f if o.identity is None else o.identity)
+        yield from _parts(o.f if o.identity is None else o.identity, seen)
     elif isinstance(o, nn.Module) or is_dataclass(o):
         settings = {k: v for k,v in vars(o).items() if k != 'training'}
-        yield from _parts([type(o), settings])
+        yield from _parts([type(o), settings], seen)
     else: raise Unnamed(f'a {type(o).__name__}')
 
 def _feed(digest, o):
     "Take all parts of `o` into `digest`"
-    for part in _parts(o):
+    for part in _parts(o, set()):
         part = part.encode() if isinstance(part, str) else part
         digest.update(str(len(part)).encode())
         digest.update(part)
     return digest
+
+# %% ../nbs/15_cache.ipynb #15000041
+def _is_own(module):
+    "Whether the module of this name is a user's own, neither installed nor of this library"
+    loaded = sys.modules.get(module)
+    place = getattr(loaded, '__file__', None) or next(iter(getattr(loaded, '__path__', [])), None)
+    if place is None or module.split('.')[0] == 'aoe_nb': return False
+    path = Path(place)
+    installed = {'site-packages','dist-packages'} & set(path.parts)
+    return not installed and not path.is_relative_to(sysconfig.get_path('stdlib'))
+
+def _home(o):
+    "Name of the module in which a class or function looks things up"
+    return o.__globals__.get('__name__', '') if isinstance(o, FunctionType) else o.__module__
+
+def _read_by(o, seen):
+    "What the class or function `o` consists of and looks up, if it is a user's own"
+    if id(o) in seen: return
+    seen.add(id(o))
+    if _is_own(_home(o)): yield from _in_class(o, seen) if isinstance(o, type) else _in_function(o, seen)
+    elif _is_own(o.__module__): # by an installed decorator
+        yield code_of(_home(o))
+        yield from _inside(o.__wrapped__, seen)
+
+def _inside(o, seen):
+    "`_parts`, where a user's own function needs no name"
+    own = isinstance(o, FunctionType) and (_is_own(_home(o)) or _is_own(o.__module__))
+    yield from _read_by(o, seen) if own else _parts(o, seen)
+
+def _code(code):
+    "What `code` does, wherever it stands"
+    yield from (code.co_code, ' '.join(code.co_names))
+    for o in code.co_consts:
+        if isinstance(o, CodeType): yield from _code(o)
+        else: yield repr(sorted(o, key=repr) if isinstance(o, frozenset) else o)
+
+_looks_up = 'LOAD_GLOBAL','LOAD_NAME','LOAD_FROM_DICT_OR_GLOBALS'
+
+def _names(code):
+    "All names in `code`, those that it looks up in its module, and modules that it imports"
+    steps = list(dis.get_instructions(code))
+    looked_up = {o.argval for o in steps if o.opname in _looks_up}
+    res = set(code.co_names),looked_up,{o.argval for o in steps if o.opname == 'IMPORT_NAME'}
+    for o in code.co_consts:
+        if isinstance(o, CodeType): res = tuple(a|b for a,b in zip(res, _names(o)))
+    return res
+
+def _in_function(f, seen):
+    "The code of a function, and what it holds and looks up"
+    names,looked_up,imports = _names(f.__code__)
+    yield from _code(f.__code__)
+    yield from _parts([f.__defaults__, f.__kwdefaults__], seen)
+    held = [cell.cell_contents for cell in f.__closure__ or () if cell != CellType()] # which is empty
+    for o in held: yield from _inside(o, seen)
+    yield from _looked_up(f.__globals__, looked_up, names, seen)
+    package = f.__globals__.get('__package__')
+    for name in sorted(imports):
+        module = sys.modules.get(f'{package}.{name}') or sys.modules.get(name)
+        if module is None: raise Unnamed(f'{name}, which {f.__qualname__} imports')
+        yield from _in_module(module, names, seen)
+
+def _looked_up(space, looked_up, names, seen):
+    "What is looked up in a namespace, and what all `names` stand for in the modules there"
+    for name in sorted(looked_up & space.keys()):
+        yield name
+        if isinstance(space[name], ModuleType): yield from _in_module(space[name], names, seen)
+        else: yield from _inside(space[name], seen)
+
+def _in_module(module, names, seen):
+    "The code of a module, and what `names` stand for in it if it is a user's own"
+    yield code_of(module.__name__)
+    asked = module.__name__,frozenset(names)
+    if asked in seen or not _is_own(module.__name__): return
+    seen.add(asked)
+    yield from _looked_up(vars(module), names, names, seen)
+
+def _in_class(cls, seen):
+    "What is in the body of a class, and its bases"
+    yield from _parts(list(cls.__bases__), seen)
+    for name,o in sorted(vars(cls).items()):
+        if isinstance(o, (staticmethod,classmethod)): o = o.__func__
+        if isinstance(o, cached_property): o = o.func
+        is_function = isinstance(o, FunctionType)
+        generated = is_function and o.__code__.co_filename == '<string>' # of a dataclass
+        special = not is_function and name.startswith('__') or name == '_abc_impl'
+        if generated or special or inspect.ismemberdescriptor(o): continue
+        yield name
+        for part in (o.fget,o.fset) if isinstance(o, property) else [o]: yield from _inside(part, seen)
 
 # %% ../nbs/15_cache.ipynb #15000013
 def fingerprint(

@@ -50,6 +50,12 @@ def _vector(scores, name='scores'):
         raise ValueError(f'{name} must be one number an image, a vector; they have shape {tuple(scores.shape)}')
     return scores
 
+def _slack(scores):
+    "By how much rounding may have lowered each of `scores`"
+    size = scores.abs().nan_to_num(posinf=0)
+    spread = scores[scores.isfinite()].double().std(correction=0).nan_to_num().item()
+    return (1e-5*size).clamp(max=.01*spread).maximum(1e-6*size)
+
 class Conformal:
     "Scores of held-out inliers, and what a new score is worth beside them (Bates et al. 2023)"
     def __init__(
@@ -65,7 +71,7 @@ class Conformal:
         self.fpr = fpr
         self.confidence = confidence
         self.allowed = allowed_above(self.n, fpr, confidence)
-        self.known = (scores + 1e-5*scores.abs().nan_to_num(posinf=0)).sort().values
+        self.known = (scores + _slack(scores)).sort().values
         self.threshold = self.known[self.n-1 - self.allowed].item()
         self.level = (self.allowed+1)/(self.n+1)
 

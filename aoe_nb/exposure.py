@@ -896,7 +896,9 @@ _of_this_run = ('epochs_done','random_then','layer_names','epoch_ran','validated
 @patch
 def __getstate__(self:OutlierExposure):
     left_out = _not_exported + _empty_in_exports + _of_this_run
-    return {k: v for k,v in self.__dict__.items() if k not in left_out}
+    res = {k: v for k,v in self.__dict__.items() if k not in left_out}
+    if self.given: res['lam'],res['attack'] = self.given # not those of this step
+    return res
 
 @patch
 def __setstate__(self:OutlierExposure, d):

@@ -83,9 +83,10 @@ def past_softmax(
 )->str: # 'Softmax', 'LogSoftmax', or nothing
     "The kind of softmax that the rows of `out` have been through; two rows at least are needed to say so"
     if out.ndim != 2 or len(out) < 2 or out.shape[1] < 2: return ''
-    tol = 2e-2 if out.dtype in (torch.float16,torch.bfloat16) else 1e-4
+    tol,share = (2e-2,.5) if out.dtype in (torch.float16,torch.bfloat16) else (1e-4,.01)
     out = out.detach().float()
-    if (out.logsumexp(1).abs() < tol).all(): return 'LogSoftmax'
+    between = (out.amax(0)-out.amin(0)).max() # a bias of log shares looks the same, where rows hardly differ
+    if (out.logsumexp(1).abs() < (share*between).clamp(max=tol)).all(): return 'LogSoftmax'
     sums_to_one = ((out.sum(1)-1).abs() < tol).all()
     return 'Softmax' if sums_to_one and (out >= 0).all() else ''
 
@@ -276,15 +277,22 @@ def weights_file(
 
 def _checksum(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
+def _halved(v):
+    "`v` in float16, or as it is if its numbers are too large or too small for that"
+    if not v.is_floating_point(): return v
+    half = v.half()
+    exact = v.cpu().double()
+    return v if (exact-half.cpu()).abs().sum() > .01*exact.abs().sum() else half
+
 def save_weights(
     model:nn.Module,
     path, # .pt; the .json goes beside it
     **about, # what else goes into the JSON: config, seed, log ...
 ):
-    "The state of `model` in float16, and its checksum and origin as JSON; each file is written whole or not at all"
+    "The state of `model`, in float16 where that will do, and its checksum and origin as JSON; no file is half written"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.half() if v.is_floating_point() else v for k,v in model.state_dict().items()}
+    state = {k: _halved(v) for k,v in model.state_dict().items()}
     write_whole(path, lambda f: torch.save(state, f))
     about = dict(file=path.name, sha256=_checksum(path)) | about | provenance()
     write_whole(path.with_suffix('.json'), json.dumps(about, indent=1))
@@ -364,16 +372,20 @@ _heads = 'linear','fc','classifier','head','head.fc'
 
 def _bare(name):
     "`name` without the network's place, and with one name for its last layer"
-    layer,_,leaf = name.removeprefix('1.').rpartition('.')
+    layer,_,leaf = _inside(name).rpartition('.')
     return f'head.{leaf}' if layer in _heads else f'{layer}.{leaf}'
 
+def _inside(name): return name.removeprefix('1.')
+
 def _by_name(own, theirs, place=''):
-    "For each of our names theirs, where bare names and shapes agree; theirs begin with `place`"
-    bare = {_bare(name.removeprefix(place)): name for name in theirs}
+    "For each of our names theirs, where names, or else bare names, and shapes agree; theirs begin with `place`"
     names = {}
-    for name,tensor in own.items():
-        other = bare.get(_bare(name))
-        if other and theirs[other].shape == tensor.shape: names[name] = other
+    for plain in str,_inside,_bare:
+        used = set(names.values())
+        free = {(plain(k.removeprefix(place)),v.shape): k for k,v in theirs.items() if k not in used}
+        for name,tensor in own.items():
+            other = None if name in names else free.pop((plain(name),tensor.shape), None)
+            if other: names[name] = other
     return names
 
 # %% ../nbs/10_models.ipynb #deda410f

@@ -15,6 +15,7 @@ from aoe_nb.attack import (
     RandomSign,
     Square,
     apgd,
+    eval_mode,
     fgsm,
     gaussian,
     mifgsm,
@@ -424,6 +425,36 @@ def test_pgd_in_l2_starts_no_worse_than_at_the_image(networks, steps):
 def test_scores_and_attacks_come_without_fastai():
     code = 'import aoe_nb.energy, aoe_nb.attack, sys; sys.exit("fastai" in sys.modules or "pandas" in sys.modules)'
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+
+class Merges(nn.Linear):
+    "Adds a part to its weights in eval mode and takes it out again for training, as LoRA does"
+
+    merged = False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.weight.data += -1 if mode else 1
+            self.merged = not mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize('frozen', [(), (1,), (1, 2), (0, 3)])
+def test_modules_that_change_in_eval_mode_change_back(frozen):
+    net = nn.Sequential(Merges(2, 2), nn.Sequential(Merges(2, 2), nn.Dropout()), nn.Dropout(), nn.Linear(2, 2))
+    for i in frozen:
+        net[i].eval()
+    net[1][1].training = True
+    layers = net[0], net[1][0]
+
+    def state():
+        return [m.training for m in net.modules()], [m.merged for m in layers]
+
+    before = state()
+    with pytest.raises(KeyboardInterrupt), eval_mode(net):
+        assert not any(m.training for m in net.modules()) and all(m.merged for m in layers)
+        raise KeyboardInterrupt
+    assert state() == before
 
 
 def test_checks_that_are_put_off_keep_no_image():

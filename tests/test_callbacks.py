@@ -325,6 +325,19 @@ def test_a_schedule_that_says_nothing_is_no_schedule():
     assert same(fit(none, 2, 0.05, cbs=same_again(0.5, 0.0)), oe)
 
 
+def test_a_copy_amid_a_schedule_has_what_was_given():
+    copies = []
+
+    class Keep(Callback):
+        def after_epoch(self):
+            copies.append(copy.deepcopy(self.learn))
+
+    learn = new_learner().expose(CHINA, attack=FGSM(0.02))
+    fit(learn, 1, cbs=[Keep(), ParamScheduler(dict(lam=SchedLin(0.1, 1), eps=SchedLin(0.05, 0.1)))])
+    for o in [learn, *copies]:
+        eq((o.outlier_exposure.lam, o.outlier_exposure.eps), (0.5, 0.02))
+
+
 def test_a_schedule_of_lam_draws_the_same_outliers():
     a, b = (new_learner().expose(CHINA, lam=lam) for lam in (0.0, 0.5))
     fit(a, 1, cbs=ParamScheduler(dict(lam=SchedLin(0.0, 0.0))))

@@ -58,6 +58,16 @@ def test_a_score_that_differs_by_rounding_is_a_tie(scale):
         assert torch.equal(rule.p(scores * wobble).sort().values, rule.p(scores).sort().values)
 
 
+@pytest.mark.parametrize('offset', [0, 1e3, -1e4, 1e5])
+def test_outliers_are_found_wherever_scores_lie(offset):
+    gen = torch.Generator().manual_seed(0)
+    known, same, far = (torch.randn(n, generator=gen, dtype=torch.float64) for n in (2000, 9000, 9000))
+    rule = Conformal(known + offset)
+    assert rule.flag(offset + same).float().mean() <= 0.05
+    assert rule.flag(offset + 4 + far).float().mean() > 0.97
+    assert rule.flag((offset + known) * (1 + 3e-7)).sum() <= rule.allowed + 1
+
+
 def test_infinite_scores_are_ranked_and_nan_is_strange():
     rule = Conformal([-math.inf, *range(98), math.inf])
     assert rule.flag([math.inf, math.nan, -math.inf]).tolist() == [True, True, False]

@@ -1,11 +1,11 @@
 "The bench and its cache: what makes a new file, what has no name, how often the model is called."
 
-import warnings
-from functools import partial
+import importlib, sys, warnings
+from functools import partial, wraps
 import numpy as np, pandas as pd, pytest, torch
 import fastai.callback.all  # noqa: F401 (brings `no_bar`)
 from aoe_nb.attack import FGSM, PGD
-from aoe_nb.cache import fingerprint, kept
+from aoe_nb.cache import Unnamed, fingerprint, kept
 from aoe_nb.data import Images, inliers, unseen
 from aoe_nb.energy import energy, msp
 from aoe_nb.evaluation import Bench, on_input
@@ -183,7 +183,7 @@ def test_a_killed_run_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_called_identity_does_not_stand_for_its_layer():
+def test_a_part_called_identity_does_not_stand_for_its_layer(monkeypatch):
     class Block(torch.nn.Module):
         def __init__(self, identity):
             super().__init__()
@@ -192,7 +192,110 @@ def test_a_part_called_identity_does_not_stand_for_its_layer():
 
     Block.__module__ = 'torch.nn.modules.linear'
     Block.__qualname__ = 'Block'
+    monkeypatch.setattr(torch.nn.modules.linear, 'Block', Block, raising=False)
     assert len({fingerprint(Block(o)) for o in (None, None, torch.nn.BatchNorm1d(2))}) == 3
+
+
+CODE = dict(
+    deep='def f(x): return x.sum(1)',
+    helper='from deep import f\nclass Base:\n    scale = 1.0\n    def at(self, x): return x*self.scale',
+    mine="""
+import torch
+from functools import wraps
+import deep, helper
+from torch import logsumexp
+from torch.nn import Module
+T = 1.0
+def twice(f):
+    @wraps(f)
+    def g(x, n=2): return n*f(x)
+    return g
+def score(x): return T*helper.f(x[..., 0:2])
+def inside(x):
+    from deep import f
+    return [f(o) for o in x]
+@torch.no_grad()
+@twice
+def decorated(x): return T*logsumexp(x, 1)
+class Net(helper.Base, Module):
+    @property
+    def half(self): return T/2
+    def forward(self, x): return self.at(x)*self.half
+""",
+)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A user's own modules: `own(name, old, new)` edits one, `own(name)` loads it again, and both return `mine`"
+    folder = tmp_path / 'own'
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+
+    def edit(name, old=None, new=None):
+        if old is None:
+            importlib.reload(sys.modules[name])
+        else:
+            path = folder / f'{name}.py'
+            text = path.read_text()
+            assert old in text
+            path.write_text(text.replace(old, new))
+        return sys.modules['mine']
+
+    for name, code in CODE.items():
+        (folder / f'{name}.py').write_text(code)
+    importlib.import_module('mine')
+    yield edit
+    for name in CODE:
+        del sys.modules[name]
+
+
+READ = dict(
+    score=lambda o: o.score,
+    inside=lambda o: o.inside,
+    decorated=lambda o: o.decorated,
+    model=lambda o: o.Net(),
+    partial=lambda o: partial(o.score),
+)
+
+
+@pytest.mark.parametrize('what', READ)
+def test_what_own_code_reads_is_part_of_its_name(own, what):
+    get = READ[what]
+    first = fingerprint(get(sys.modules['mine']))
+    for name, old, new in ('mine', 'T = 1.0', 'T = 2.0'), ('helper', '1.0', '1.5'), ('deep', 'x.sum', '-x.sum'):
+        module = own(name, old, new)
+        assert fingerprint(get(module)) == first, 'what was loaded is as it was'
+    module.T = 2.0
+    seen = [first, fingerprint(get(module))]
+    for name in 'mine', 'deep', 'helper':
+        own(name)
+        seen.append(fingerprint(get(own('mine'))))
+    new = [a != b for a, b in zip(seen, seen[1:])]
+    assert new == dict(
+        inside=[False, True, True, False],
+        decorated=[True, True, False, False],
+        model=[True, True, False, True],
+    ).get(what, [True, True, False, True])
+
+
+def test_what_takes_the_name_of_another_has_none(learn, some, tmp_path):
+    @wraps(energy)
+    def flipped(logits):
+        return -energy(logits)
+
+    learn.ood_scores(some, cache=tmp_path)
+    with pytest.warns(UserWarning, match='not cached'):
+        got = learn.ood_scores(some, flipped, cache=tmp_path)
+    assert torch.equal(got, learn.ood_scores(some, flipped))
+
+
+def test_a_score_that_reads_what_has_no_name_is_computed(own):
+    module = own('mine', 'T = 1.0', 'T = object()')
+    assert fingerprint(module.score)
+    with pytest.raises(Unnamed, match='a object'):
+        fingerprint(own('mine').score)
 
 
 # the bench

@@ -23,7 +23,7 @@ from aoe_nb.batchnorm import bn_ways, replace_once
 from aoe_nb.data import inliers, outliers
 from aoe_nb.energy import energy
 from aoe_nb.evaluation import on_input
-from aoe_nb.models import get_logits, resnet20, small_cnn
+from aoe_nb.models import get_logits, load_weights, resnet20, save_weights, small_cnn
 
 timm = pytest.importorskip('timm')
 
@@ -903,3 +903,47 @@ def test_efficientnet_in_a_vision_learner():
     with silent(learn):
         learn.expose(torch.rand(16, 3, 32, 32), attack=FGSM(8 / 255)).fit(2, 1e-3)
     assert max(learn.recorder.losses) < 10
+
+
+# weights
+
+
+def test_numbers_that_half_precision_cannot_hold_are_saved_in_full(tmp_path):
+    net = new_net()
+    save_weights(net, tmp_path / 'w.pt')
+    size = (tmp_path / 'w.pt').stat().st_size
+    assert all(v.dtype != torch.float32 for v in torch.load(tmp_path / 'w.pt').values())
+    net[1].running_var.fill_(1e5)
+    net[4].running_mean.fill_(1e-9)
+    save_weights(net, tmp_path / 'w.pt')
+    again = load_weights(small_cnn(1, 7), tmp_path / 'w.pt')
+    assert torch.equal(again[1].running_var, net[1].running_var)
+    assert torch.equal(again[4].running_mean, net[4].running_mean)
+    assert (tmp_path / 'w.pt').stat().st_size < size + 1000
+
+
+class Two(nn.Module):
+    "Two layers of one shape, with names that others have for the last one"
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.add_module(first, nn.Linear(3, 3))
+        self.add_module(second, nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize('names', [('fc', 'head'), ('fc', 'classifier'), ('linear', 'head'), ('head', 'fc')])
+@pytest.mark.parametrize('place', ['', 'backbone.'])
+def test_layers_of_one_shape_are_told_apart_by_name(names, place):
+    theirs = Two(*names).state_dict()
+    own = load_weights(nn.Sequential(nn.Identity(), Two('fc', 'head')), {place + k: v for k, v in theirs.items()})
+    exact = set(names) == {'fc', 'head'}
+    first, second = ('fc', 'head') if exact else names
+    assert torch.equal(own[1].fc.weight, theirs[f'{first}.weight'])
+    assert torch.equal(own[1].head.weight, theirs[f'{second}.weight'])
+
+
+def test_no_tensor_is_loaded_twice():
+    own, state = Two('fc', 'head'), Two('fc', 'other').state_dict()
+    head = own.head.weight.clone()
+    load_weights(own, {k: v for k, v in state.items() if 'fc' in k}, strict=False)
+    assert torch.equal(own.fc.weight, state['fc.weight']) and torch.equal(own.head.weight, head)

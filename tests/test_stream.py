@@ -570,6 +570,28 @@ def test_the_audit_takes_every_form(files):
     assert set(faults.of) == {'leak', 'exposed'}  # training images, and the folder's in the files
 
 
+NAMES = {
+    'ids': (['n01443537', 'n01629819'], ['n02085620', 'n02086240'], None),
+    'numbered': (['class 1', 'class2'], ['class 3', 'class4'], None),
+    'marks': (['काम', 'कम'], ['किम', 'काल'], None),
+    'accents': (['pe\u0301che', 'loup'], ['P\u00caCHE', 'chat'], None),
+    'cyrillic': (['кошка', 'дом'], ['Кошка', 'лес'], 'кошка'),
+    'digits': (['0', '1'], ['1', '2'], '1'),
+    'composed': (['pe\u0302che', 'loup'], ['P\u00caCHE', 'chat'], 'pêche'),
+    'counted': (['056.dog', '057.duck'], ['dog', 'cat'], 'dog'),
+    'synonyms': (['Cat, tabby', 'dog'], ['0 - tabby', '1 - ox'], 'tabby'),
+}
+
+
+@pytest.mark.parametrize('kind', NAMES)
+def test_class_names_on_both_sides(kind):
+    a, b, shared = NAMES[kind]
+    known, new = (Images(train.x[:2], [0, 1], names) for names in (a, b))
+    table = audit(dict(train=known), sets=dict(new=new), near=False)
+    found = table[(table.check == 'class names') & (table.verdict == 'fault')].found
+    eq(list(found), [f'1: {shared}'] if shared else [])
+
+
 def test_an_audit_of_no_images_is_refused():
     fails(lambda: audit(dict(train=train), exposed=X[:0]), contains='no images in exposed')
 

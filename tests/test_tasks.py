@@ -211,6 +211,19 @@ def test_no_logits_are_taken_for_probabilities():
     eq(past_softmax(torch.full((9, 3), torch.nan)), '')
 
 
+def test_a_head_that_starts_with_the_shares_of_the_classes_gives_logits():
+    model = net()
+    nn.init.zeros_(model[-1].weight)
+    model[-1].bias.data = torch.tensor([0.5, 0.3, 0.2]).log()
+    learn = learner(model).expose(CHINA, attack=ATTACK)
+    assert learn.ood_scores(X).isfinite().all()
+    for _ in range(2):
+        fit(learn, 1, 1e-5)
+    shares = torch.full((9, 1000), 1e-3) * (1 + 1e-3 * torch.randn(9, 1000, generator=gen))
+    eq(past_softmax(shares.log()), '')
+    eq(past_softmax(shares.log().log_softmax(1)), 'LogSoftmax')
+
+
 def test_sigmoids_are_named():
     learn = learner(net(3, nn.Sigmoid()), y=list(TAGS), loss=BCELossFlat())
     fails(lambda: learn.expose(CHINA, loss='no_label', score='joint_energy'), contains='BCEWithLogitsLoss')
