@@ -80,6 +80,9 @@ class RandomCropFlip(DisplayedTransform):
 
     def _places(self, n, size):
         "For `n` images the rows (or columns) to take, shifted and mirrored at the border"
+        if self.pad >= size:
+            raise ValueError(f'images of {size} pixels cannot be shifted by up to {self.pad}, for there is no more to '
+                             f'mirror: give a pad of at most {size-1}')
         shift = torch.randint(-self.pad, self.pad+1, (n,1))
         place = (torch.arange(size)[None] + shift).abs()
         return size-1 - (size-1 - place).abs()
@@ -238,8 +241,8 @@ def loss_func(self:Images):
 
 @patch
 def decode(self:Images, o, full=True):
-    "What `show_batch` shows: the class's name for its number"
-    return o[0],*(Category(self.classes[i]) for i in o[1:])
+    "What `show_batch` shows: the class's name for its number, none for a label below zero"
+    return o[0],*(Category(self.classes[i] if i >= 0 else 'no class') for i in o[1:])
 
 @patch
 @contextmanager
