@@ -227,6 +227,17 @@ def test_float_files_keep_their_values(learn, tmp_path):
     close(outliers(tmp_path / 'a.npy').x / 255, x, 1 / 500)
 
 
+def test_an_archive_has_one_array_of_images(learn, tmp_path):
+    x = X.numpy()
+    beside = dict(label=np.arange(len(x)), features=np.ones((len(x), 7)), images=x)
+    np.savez(tmp_path / 'one.npz', **beside)
+    np.savez(tmp_path / 'x.npz', **beside, x=x[:3])
+    np.savez(tmp_path / 'two.npz', **beside, masks=x[:, 0])
+    eq([len(outliers(tmp_path / name)) for name in ('one.npz', 'x.npz')], [len(x), 3])
+    for read in outliers, learn.ood_scores:
+        fails(lambda: read(tmp_path / 'two.npz'), contains='images, masks may all be its images')
+
+
 REFUSED = {
     'one image': (X[0], 'shape (N,C,H,W)'),
     'a number': (3, 'drawn from a int'),
