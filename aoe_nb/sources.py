@@ -32,6 +32,12 @@ def data_home():
 _as_stored = 'L','RGB'
 _converted = '1','P','CMYK','YCbCr','HSV','RGBX'
 
+def _deep(im):
+    "Whether the pixels of an image are to be `_scaled`; refused where their range would have to be guessed"
+    if im.mode == 'I' and im.format not in ('PNG','PPM'): # where I stands for 16 bits
+        raise ValueError('its pixels are of the kind I: save it in grey or RGB with 8 bits')
+    return im.mode[0] in 'IF'
+
 def _scaled(im):
     "An image in 16 bits or floating point with 8 bits"
     values = np.asarray(im).astype(np.float64)
@@ -55,8 +61,7 @@ def _in_8_bits(im):
     frames = getattr(im, 'n_frames', 1)
     if frames > 1 and im.format != 'MPO': # a second picture in a photograph is its preview
         raise ValueError(f'it holds {frames} frames: save each as a file of its own')
-    deep = im.mode.startswith('I;16') or im.mode == 'F'
-    deep = deep or im.mode == 'I' and im.format in ('PNG','PPM') # where I stands for 16 bits
+    deep = _deep(im)
     im = ImageOps.exif_transpose(im)
     if deep: return _scaled(im)
     if getattr(im, 'has_transparency_data', False): return _on_white(im)
