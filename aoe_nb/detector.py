@@ -6,7 +6,7 @@
 __all__ = ['Detector', 'load_detector']
 
 # %% ../nbs/24_detector.ipynb #de7e0002
-import hashlib, json, warnings, numpy as np, pandas as pd, torch
+import hashlib, json, math, warnings, numpy as np, pandas as pd, torch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import TfmdLists
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from .attack import eval_mode
 from .conformal import Conformal, allowed_above, images_needed
 from .drift import Monitor
 from .energy import energy, get_score, scores as named_scores
@@ -26,6 +27,7 @@ from .evaluation import Bench
 from .images import Images
 from .loaders import Pixels, as_pixels, fitted, image_batch, learner_shape
 from .metrics import averaged
+from .models import as_input, get_logits, precision
 from .record import provenance, write_whole
 from .stream import given, pixel_batches
 
@@ -40,6 +42,8 @@ class Detector:
     groups:Tensor=None # (n,) predicted class of each, where every class has a rule of its own
     seen:frozenset=field(default_factory=frozenset) # what tells those images from others
     rest:Tensor=None # numbers of the validation images that are left for reports
+    probe:Tensor=None # shape of two images by which another architecture is noticed
+    answer:Tensor=None # (2,C) logits of these
 
     def __post_init__(self):
         promise = self.about['fpr'],self.about['confidence']
@@ -64,6 +68,25 @@ class Detector:
         return f'Detector by {name}, with a threshold for each predicted class:\n{rules}\n{on}'
 
 # %% ../nbs/24_detector.ipynb #de7e0009
+def _says(model, shape):
+    "What the network says of two images of `shape` that are the same on every machine: (2,C) logits"
+    n = 2*math.prod(shape)
+    i = torch.arange(n)
+    x = (255*i//n + i*i%251)/510 # a ramp and something like noise
+    x = x.view(2, *shape).to(next(model.parameters()).device)
+    with eval_mode(model), torch.no_grad(): return get_logits(model(as_input(model, x))).float().cpu()
+
+def _alike(a, b, model):
+    "Whether both logits are those of one network, but for the rounding of other devices"
+    rough = .05 if precision(model) in (torch.float16,torch.bfloat16) else .01
+    return a.shape == b.shape and bool(((a-b).abs() <= rough*b.abs().max()+1e-6).all())
+
+def _answer(model, shape):
+    "What the network says, None where it cannot be compared later: it is random, overflows or takes no such images"
+    try: first,again = _says(model, shape),_says(model, shape)
+    except Exception: return None # each network raises its own
+    return first if _alike(first, again, model) else None
+
 def _rules_by_class(scores, groups, classes, promise):
     "A rule for each predicted class, or an error that names those with too few images"
     counts = torch.bincount(groups.long(), minlength=len(classes)).tolist()
@@ -77,7 +100,18 @@ def _rules_by_class(scores, groups, classes, promise):
     return {i: Conformal(scores[groups == i], *promise) for i in range(len(classes))}
 
 def _checksum(model):
-    "A number that changes when the weights do, the same on every device"
+    "A text that changes when a weight or a buffer changes its value or its place, the same on every device"
+    res = hashlib.sha256() # processors are quick at it
+    for name,o in (model.state_dict() | dict(model.named_buffers())).items():
+        if not isinstance(o, Tensor): continue
+        name = name.replace('_orig_mod.', '').replace('module.', '') # of torch.compile and DataParallel
+        o = o.detach().cpu().contiguous()
+        res.update(f'{name} {o.dtype} {list(o.shape)} '.encode())
+        res.update(o.view(-1).view(torch.uint8).numpy())
+    return res.hexdigest()
+
+def _sum_of_bits(model):
+    "The number that was the checksum in version 0.1.0, for detectors that were exported then"
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
     for o in model.state_dict().values():
@@ -266,7 +300,10 @@ def ood_detector( # noqa: PLR0913
     about = _about(self, score, fpr=fpr, confidence=confidence, by=by, seed=seed, n=len(idx), classes=classes, on=what)
     if len(bench.shapes) > 1 and about['shape']: about['shape'][1:] = None,None # of any size
     seen = frozenset(names[i] for i in idx.tolist()) if names else frozenset()
-    self.detector = Detector(self, score, scores, about, labels if by else None, seen, rest)
+    probe = min(bench.shapes)
+    answer = _answer(self.model, probe)
+    more = seen,rest,torch.tensor(probe),answer
+    self.detector = Detector(self, score, scores, about, labels if by else None, *more)
     return self.detector
 
 # %% ../nbs/24_detector.ipynb #de7e0013
@@ -286,9 +323,16 @@ def judge(
     return p,flag
 
 @patch
+def _answers(self:Detector):
+    "Whether the network says what it said when its inliers were scored, as far as that is known"
+    if self.answer is None: return True
+    return _alike(_says(self.learn.model, self.probe.tolist()), self.answer, self.learn.model)
+
+@patch
 def check(self:Detector):
     "Refuse a network, or images of another kind, that changed since its inliers were scored"
-    if _checksum(self.learn.model) != self.weights:
+    checksum = _sum_of_bits if isinstance(self.weights, int) else _checksum
+    if checksum(self.learn.model) != self.weights or not self._answers():
         raise ValueError('the network has changed since this detector was made: make one again with ood_detector')
     _check_inputs(self.about, self.learn, 'the detector')
 
@@ -476,7 +520,8 @@ def save(
         raise ValueError(f'{self.about["score"]} is a score of your own, whose code safetensors cannot hold: '
                          'use learn.export, or a named score: ' + ', '.join(named_scores))
     tensors = {f'model.{k}': v for k,v in self.learn.model.state_dict().items()}
-    tensors |= {k: getattr(self, k) for k in ('scores','groups','rest') if getattr(self, k) is not None}
+    mine = {k: getattr(self, k) for k in ('scores','groups','rest','probe','answer')}
+    tensors |= {k: v for k,v in mine.items() if v is not None}
     tensors['seen'] = torch.tensor(sorted(self.seen), dtype=torch.int64)
     tensors = {k: v.detach().cpu().clone().contiguous() for k,v in tensors.items()} # tied weights twice
     data = save(tensors, dict(detector=json.dumps(self.about)))
@@ -489,8 +534,34 @@ def _read_saved(path):
     try:
         with safe_open(path, 'pt') as f:
             return {k: f.get_tensor(k) for k in f.keys()},json.loads((f.metadata() or {})['detector'])
-    except (SafetensorError,KeyError) as e:
-        raise ValueError(f'{path} is no saved detector ({e}): give a file that det.save wrote') from None
+    except (SafetensorError,KeyError,ValueError) as e: raise _no_detector(path, e) from None
+
+def _no_detector(path, why):
+    if isinstance(why, KeyError): why = f'it lacks {why}'
+    return ValueError(f'{path} is no saved detector ({why}): give a whole file that det.save wrote')
+
+def _restored(path, learn, tensors, about):
+    "The detector that a file describes, its rules made, or an error that names the file"
+    try:
+        for k in 'shape','normalize','n','on': about[k] # which are asked for later
+        parts = {k: tensors.get(k) for k in ('groups','rest','probe','answer')}
+        seen = frozenset(tensors['seen'].tolist())
+        if len(tensors['scores']) != about['n']: raise ValueError(f'it has not all of its {about["n"]} scores')
+        return Detector(learn, get_score(about['score']), tensors['scores'], about, seen=seen, **parts)
+    except (KeyError,TypeError,ValueError,LookupError,RuntimeError) as e: raise _no_detector(path, e) from None
+
+def _take_weights(learn, weights, det, path):
+    "Put `weights` into the network of a learner, which has them back where it is another one in spite of its tensors"
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    learn.model.load_state_dict(weights)
+    same = False
+    try: same = det._answers()
+    finally:
+        if not same: learn.model.load_state_dict(before)
+    if not same:
+        raise ValueError(f'{path} is of another network, which has these tensors but says something else of an image: '
+                         'give a learner with the network that the detector was made with')
+    det.weights = _checksum(learn.model)
 
 def load_detector(
     path, # that `save` wrote
@@ -498,6 +569,7 @@ def load_detector(
 )->Detector: # also kept as `learn.detector`
     "Put the weights of a saved detector into `learn`, and the detector beside them"
     tensors,about = _read_saved(path)
+    det = _restored(path, learn, tensors, about)
     weights = {k.removeprefix('model.'): v for k,v in tensors.items() if k.startswith('model.')}
     theirs,ours = ({k: tuple(v.shape) for k,v in o.items()} for o in (weights, learn.model.state_dict()))
     differ = sorted(dict(theirs.items() ^ ours.items()))
@@ -505,11 +577,9 @@ def load_detector(
         raise ValueError(f'{path} is of another network, {len(differ)} tensors differ ({", ".join(differ[:3])}): '
                          'give a learner with the network that the detector was made with')
     _check_inputs(about, learn, path)
-    learn.model.load_state_dict(weights)
-    seen = frozenset(tensors['seen'].tolist())
-    score = named_scores[about['score']]
-    learn.detector = Detector(learn, score, tensors['scores'], about, tensors.get('groups'), seen, tensors.get('rest'))
-    return learn.detector
+    _take_weights(learn, weights, det, path)
+    learn.detector = det
+    return det
 
 # %% ../nbs/24_detector.ipynb #de7e002d
 @patch

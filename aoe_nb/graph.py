@@ -25,6 +25,7 @@ from .images import Images
 from .loaders import Pixels, batches_of, opened
 from .models import get_logits, precision
 from .record import check_writable, write_whole
+from .sources import _deep, _scaled
 
 # %% ../nbs/25_graph.ipynb #97a9000b
 def _unwrapped(model):
@@ -126,8 +127,10 @@ def resized(
     rule:dict, # how it becomes what the network takes; None: as it is
 ): # uint8 array (C,H,W)
     "A photo as the network takes it"
+    deep = _deep(image)
+    if rule is None: image = ImageOps.exif_transpose(image)
+    if deep: image = _scaled(image)
     if rule is None:
-        image = ImageOps.exif_transpose(image)
         if image.mode not in ('1','L','RGB'): raise ValueError(f'is {image.mode}: save it in grey or RGB with 8 bits')
         rule = dict(method=None, mode='RGB' if image.mode == 'RGB' else 'L')
     pixels = np.asarray(image.convert(rule['mode']))
@@ -319,7 +322,7 @@ def flag_script(
     path='flag.py',
 )->Path:
     "Write a program that flags the images of a folder by an exported detector, without fastai and this library"
-    parts = [inspect.getsource(o) for o in (resized, open_graph, flag_folder)]
+    parts = [inspect.getsource(o) for o in (_deep, _scaled, resized, open_graph, flag_folder)]
     write_whole(path, _head + '\n'.join(parts) + _main)
     return Path(path)
 

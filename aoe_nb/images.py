@@ -11,6 +11,15 @@ from fastcore.all import patch
 from fastai.torch_core import TensorCategory, TensorImage
 
 # %% ../nbs/13a_images.ipynb #6c0ad5ba
+def _class_numbers(y, name):
+    "Labels as whole numbers, refused where that would change them"
+    res = y.long()
+    changed = y[res != y]
+    if len(changed):
+        raise ValueError(f'{name}: there is a label {changed[0]:g}, and labels number classes by 0, 1, ...: '
+                         'leave y out if these images have no classes')
+    return res
+
 class Images:
     "A population: uint8 images (N,C,H,W) in one tensor, labels and class names if it has any, a name and a group"
     split = None # 'train' or 'test' where that is known
@@ -20,7 +29,7 @@ class Images:
             raise TypeError(f'{name}: images must be uint8 of shape (N,C,H,W), these are {x.dtype} {tuple(x.shape)}')
         if y is not None and len(y) != len(x): raise ValueError(f'{name}: {len(x)} images but {len(y)} labels')
         self.x = x
-        self.y = None if y is None else torch.as_tensor(y).long()
+        self.y = None if y is None else _class_numbers(torch.as_tensor(y), name)
         if y is not None and classes and len(y) and self.y.max() >= len(classes):
             raise ValueError(f'{name}: there is a label {int(self.y.max())}, but only {len(classes)} class names')
         self.classes = None if classes is None else list(classes)
@@ -64,9 +73,10 @@ def select(self:Images, classes, name=None):
         known = ', '.join(map(str, self.classes))
         raise ValueError(f'{self.name} has no class {bad[0]!r}: its classes are {known}')
     old = [self.classes.index(o) if o in self.classes else o for o in classes]
+    if len(set(old)) < len(old): raise ValueError(f'a class is named twice among {list(classes)}: name each once')
     new = torch.full((len(self.classes),), -1) # old number -> new number, -1: left out
     new[old] = torch.arange(len(old))
-    y = new[self.y]
+    y = torch.where(self.y < 0, -1, new[self.y.clamp(min=0)]) # below zero a label says that there is none
     keep = y >= 0
     names = [self.classes[o] for o in old]
     return self._like(Images(self.x[keep], y[keep], names, name or self.name, self.group))

@@ -19,13 +19,14 @@ from fastcore.all import L, chunked, patch
 from fasttransform import DisplayedTransform, Pipeline, Transform
 from .distributed import whole
 from .images import Images
-from .sources import class_of, fit, image_files, is_image, read_file, read_images
+from .sources import _deep, _scaled, class_of, fit, image_files, is_image, read_file, read_images
 import fastai.vision.data # noqa: F401 (how batches of images are shown)
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize, ToTensor
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, default_device, no_random
+from fastai.vision.core import PILBase
 from sklearn.model_selection import train_test_split
 
 # %% ../nbs/14_loaders.ipynb #74912c9b
@@ -80,6 +81,9 @@ class RandomCropFlip(DisplayedTransform):
 
     def _places(self, n, size):
         "For `n` images the rows (or columns) to take, shifted and mirrored at the border"
+        if self.pad >= size:
+            raise ValueError(f'images of {size} pixels cannot be shifted by up to {self.pad}, for there is no more to '
+                             f'mirror: give a pad of at most {size-1}')
         shift = torch.randint(-self.pad, self.pad+1, (n,1))
         place = (torch.arange(size)[None] + shift).abs()
         return size-1 - (size-1 - place).abs()
@@ -238,8 +242,8 @@ def loss_func(self:Images):
 
 @patch
 def decode(self:Images, o, full=True):
-    "What `show_batch` shows: the class's name for its number"
-    return o[0],*(Category(self.classes[i]) for i in o[1:])
+    "What `show_batch` shows: the class's name for its number, none for a label below zero"
+    return o[0],*(Category(self.classes[i] if i >= 0 else 'no class') for i in o[1:])
 
 @patch
 @contextmanager
@@ -363,12 +367,22 @@ class _Opener:
     def __init__(self, create, kind):
         self.create = create
         self.kind = kind
+        name = getattr(create, 'name', None) or getattr(create, '__qualname__', '')
+        self.clips = name == PILBase.create.__qualname__ # fastai's own makes 16 bits white and floating point black
+
+    def taken(self, im):
+        "An open image as the `kind` has it"
+        mode = getattr(self.kind, '_open_args', {}).get('mode')
+        if mode and mode[0] in 'IF': return self.kind(im.convert(mode)) # which wants no 8 bits
+        if _deep(im): im = _scaled(im)
+        return self.kind(im.convert(mode)) if mode else im
 
     def __call__(self, o):
-        mode = getattr(self.kind, '_open_args', {}).get('mode')
         try:
-            if not isinstance(o, Image.Image): return self.create(o)
-            return self.kind(o.convert(mode)) if mode else o
+            if isinstance(o, Image.Image): return self.taken(o)
+            if not self.clips: return self.create(o)
+            with Image.open(o) as im:
+                return self.taken(im) if im.mode[0] in 'IF' else self.create(o)
         except Exception as e: raise ValueError(f'{o} cannot be read ({e})') from None
 
 def _item_pipeline(ds, items, split_idx):

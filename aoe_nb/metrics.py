@@ -72,8 +72,11 @@ def _replicates(pairs, n_boot, seed):
     if n_boot < 1: raise ValueError(f'n_boot must be at least 1, not {n_boot}: an interval needs resamples')
     n,m = map(len, pairs[0])
     seed = np.atleast_1d(seed)
-    rng_in = np.random.default_rng([seed[0], 0]) # inliers alike for all sets
-    rng_out = np.random.default_rng([*seed, 1])
+    try:
+        rng_in = np.random.default_rng([seed[0], 0]) # inliers alike for all sets
+        rng_out = np.random.default_rng([*seed, 1])
+    except (TypeError,ValueError):
+        raise ValueError(f'seed must be a whole number from 0 on, not {seed[0]}: resamples need it') from None
     ranks = [_ranks(*pair) for pair in pairs]
     res = [[] for _ in pairs]
     for _ in range(n_boot):

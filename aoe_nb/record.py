@@ -94,12 +94,17 @@ def check_writable(
 # %% ../nbs/16_record.ipynb #54e8bd77
 def _plain(value):
     "16.0 as 16, for both are the same setting"
-    return int(value) if isinstance(value, float) and value == int(value) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 def config_hash(
     config:dict,
 )->str:
     "Eight hex digits that stand for `config`; 16 and 16.0 are the same"
+    for name,value in config.items():
+        try: json.dumps(value, allow_nan=False)
+        except (TypeError,ValueError):
+            raise ValueError(f'{name} of a config is {value!r}, which JSON cannot hold: '
+                             'give a finite number, text or None, or leave it out') from None
     text = json.dumps({k: _plain(v) for k,v in config.items()}, sort_keys=True)
     return hashlib.sha1(text.encode()).hexdigest()[:8]
 
@@ -135,9 +140,10 @@ def read_result(
 )->dict:
     "What is in the file beside its seal; an error that names it if it was cut or edited"
     path = Path(path)
-    try: result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_text())
+        fault = _fault(result, path.name)
     except ValueError as e: fault = f'is cut or is no JSON ({e})'
-    else: fault = _fault(result, path.name)
     if fault: raise ValueError(f'{path} {fault}: restore it, or remove it and run the same command again')
     return {k: v for k,v in result.items() if k != 'digest'}
 

@@ -32,6 +32,12 @@ def data_home():
 _as_stored = 'L','RGB'
 _converted = '1','P','CMYK','YCbCr','HSV','RGBX'
 
+def _deep(im):
+    "Whether the pixels of an image are to be `_scaled`; refused where their range would have to be guessed"
+    if im.mode == 'I' and im.format not in ('PNG','PPM'): # where I stands for 16 bits
+        raise ValueError('its pixels are of the kind I: save it in grey or RGB with 8 bits')
+    return im.mode[0] in 'IF'
+
 def _scaled(im):
     "An image in 16 bits or floating point with 8 bits"
     values = np.asarray(im).astype(np.float64)
@@ -55,8 +61,7 @@ def _in_8_bits(im):
     frames = getattr(im, 'n_frames', 1)
     if frames > 1 and im.format != 'MPO': # a second picture in a photograph is its preview
         raise ValueError(f'it holds {frames} frames: save each as a file of its own')
-    deep = im.mode.startswith('I;16') or im.mode == 'F'
-    deep = deep or im.mode == 'I' and im.format in ('PNG','PPM') # where I stands for 16 bits
+    deep = _deep(im)
     im = ImageOps.exif_transpose(im)
     if deep: return _scaled(im)
     if getattr(im, 'has_transparency_data', False): return _on_white(im)
@@ -271,20 +276,36 @@ def _check_size(need):
                      'an .npy stays on the disk')
 
 def _declared(f):
-    "The bytes that an array takes, by what the open .npy says in front of it"
+    "Shape and kind of an array, by what the open .npy says in front of it"
     fmt = np.lib.format
     read_header = fmt.read_array_header_1_0 if fmt.read_magic(f) == (1,0) else fmt.read_array_header_2_0
     shape,_,dtype = read_header(f)
-    return math.prod(shape)*dtype.itemsize
+    return shape,dtype
+
+def _may_be_images(f, member):
+    "Whether an array of an open .npz has the kind and the shape of images, by what it says in front"
+    _check_size(f.zip.getinfo(member).file_size)
+    try:
+        with f.zip.open(member) as o: shape,dtype = _declared(o)
+    except Exception: return False # what is damaged or no array is not the one that was meant
+    return str(dtype) in _pixels and (len(shape) == 4 or _are_grey(shape))
+
+def _member(f):
+    "The name in an open .npz of the array `x`, or else of the only one that may be images, or else of the first"
+    members = {name: name if name in f.zip.namelist() else f'{name}.npy' for name in f.files}
+    if 'x' in members: return members['x']
+    found = [name for name,member in members.items() if _may_be_images(f, member)]
+    if len(found) > 1: raise ValueError(f'{", ".join(found[:5])} may all be its images: call those that you mean x')
+    return members[found[0] if found else f.files[0]]
 
 def _from_npz(path):
-    "The array `x`, or else the first"
+    "The array of images in an archive that may hold others, such as labels, beside it"
     with np.load(path, allow_pickle=False) as f:
-        name = 'x' if 'x' in f else f.files[0]
-        member = name if name in f.zip.namelist() else f'{name}.npy'
+        member = _member(f)
         _check_size(f.zip.getinfo(member).file_size)
-        with f.zip.open(member) as o: _check_size(_declared(o))
-        return f[name]
+        with f.zip.open(member) as o: shape,dtype = _declared(o)
+        _check_size(math.prod(shape)*dtype.itemsize)
+        return f[member]
 
 def _from_pt(path):
     "The tensor of a file that may hold nothing else"
@@ -308,14 +329,18 @@ def _images_in(path):
 # %% ../nbs/13_sources.ipynb #13h00001
 _pixels = 'uint8','float16','bfloat16','float32','float64'
 
+def _are_grey(shape):
+    "Whether arrays of this shape are grey images without channels, and not a single image"
+    return len(shape) == 3 and not {shape[0],shape[2]} & {1,3}
+
 def _check_pixels(x, path):
     "Refuse an array that holds no images; of one on the disk a thousand are looked at"
     name = f'the outliers in {path}'
     kind = str(x.dtype).removeprefix('torch.')
     if kind not in _pixels:
         raise TypeError(f'{name} have dtype {x.dtype}: give uint8 in 0..255 or floating point in [0,1]')
-    grey = x.ndim == 3 and not {x.shape[0],x.shape[2]} & {1,3} # else it may be one image
-    if x.ndim != 4 and not grey: raise ValueError(f'{name} must have shape (N,C,H,W), these have {tuple(x.shape)}')
+    if x.ndim != 4 and not _are_grey(x.shape):
+        raise ValueError(f'{name} must have shape (N,C,H,W), these have {tuple(x.shape)}')
     if kind == 'uint8' or 0 in x.shape: return
     some = x[:1000] if isinstance(x, np.memmap) else x
     lo = float(some.min())

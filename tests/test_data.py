@@ -9,7 +9,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorImage, set_seed
 from fastcore.all import L
 from fastcore.test import test_close as close, test_eq as eq, test_fail as fails
 from PIL import Image
@@ -17,6 +17,7 @@ from PIL import Image
 import aoe_nb.evaluation  # noqa: F401 (what Learner gains)
 import fastai.vision.all  # noqa: F401 (the same)
 from aoe_nb.data import Images, inliers, outliers
+from aoe_nb.loaders import RandomCropFlip
 from aoe_nb.models import small_cnn
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -96,6 +97,31 @@ def test_a_grey_validation_set_joins_a_coloured_training_set(tmp_path):
 def test_a_label_needs_a_name():
     fails(lambda: Images(train.x[:2], [0, 2], ['a', 'b']), contains='only 2 class names')
     Images(train.x[:2], [-1, -1], ['a', 'b'])
+
+
+@pytest.mark.parametrize('odd', [0.9, float('nan'), float('inf')])
+def test_a_label_is_a_whole_number(odd):
+    fails(lambda: Images(train.x[:2], [0, odd]), contains=f'there is a label {odd:g}')
+    eq(Images(train.x[:2], np.array([0.0, 2.0])).y.tolist(), [0, 2])
+
+
+def test_a_label_below_zero_is_no_class():
+    some = Images(train.x[:4], [0, -1, 2, -7], list('abc'))
+    eq(some.select('ca').y.tolist(), [1, 0])
+    eq([some.decode(some[i])[1] for i in range(3)], ['a', 'no class', 'c'])
+
+
+@pytest.mark.parametrize('twice', [['b', 'b'], ['b', 1]])
+def test_a_class_is_selected_once(twice):
+    fails(lambda: Images(train.x[:3], [0, 1, 2], list('abc')).select(twice), contains='named twice')
+
+
+def test_an_image_is_shifted_by_less_than_its_side():
+    x = TensorImage(torch.arange(20).view(1, 1, 4, 5).repeat(200, 1, 1, 1))
+    rows = RandomCropFlip(3)(x, split_idx=0)[:, 0, :, 0] // 5
+    eq({tuple(o) for o in (rows[:, 1:] - rows[:, :-1]).abs().tolist()}, {(1, 1, 1)})  # mirrored, never wrapped round
+    for pad in 4, 99:
+        fails(lambda: RandomCropFlip(pad)(x, split_idx=0), contains='give a pad of at most 3')
 
 
 # Outliers in any form

@@ -1,5 +1,7 @@
 "The way from a learner to a flag: which images may calibrate, what travels, and what is refused."
 
+import copy
+import pickle
 import shutil
 import warnings
 
@@ -18,12 +20,14 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from aoe_nb.attack import FGSM
 from aoe_nb.data import inliers, unseen
-from aoe_nb.detector import load_detector
+from aoe_nb.detector import _sum_of_bits, load_detector
 from aoe_nb.evaluation import on_input
-from aoe_nb.models import small_cnn
+from aoe_nb.models import small_cnn, with_stats
 from aoe_nb.peers import pytorch_ood_score
 
 
@@ -325,6 +329,94 @@ def test_a_network_that_went_on_training_is_refused(learn, det, strange):
     assert 'found' in learn.ood_report(strange)
 
 
+def flipped(m):
+    m[-1].weight.copy_(m[-1].weight.flip(0)), m[-1].bias.copy_(m[-1].bias.flip(0))
+
+
+def exchanged(m):
+    m[1].weight, m[1].bias = m[1].bias, m[1].weight
+
+
+def with_eps(m):
+    m[1].eps = 1.0
+
+
+CHANGES = {
+    'rows': flipped,
+    'signs': lambda m: m[0].weight.neg_(),
+    'names': exchanged,
+    'activation': lambda m: m.__setitem__(2, torch.nn.GELU()),
+    'eps': with_eps,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_any_change_of_the_network_is_seen(learn, strange, change):
+    mine = Learner(learn.dls, copy.deepcopy(learn.model), loss_func=learn.loss_func)
+    det = mine.ood_detector()
+    with torch.no_grad():
+        change(mine.model)
+    with pytest.raises(ValueError, match='has changed since'):
+        det(strange['flower'])
+
+
+def test_a_buffer_that_no_file_keeps_is_seen(learn, strange, tmp_path):
+    mine, other, same = (
+        Learner(learn.dls, with_stats(small_cnn(1, 7), ((mean,), (0.25,))), loss_func=learn.loss_func)
+        for mean in (0.5, 0.2, 0.5)
+    )
+    file = mine.ood_detector().save(tmp_path / 'detector.safetensors')
+    before = other.model[1][0].weight.clone()
+    with pytest.raises(ValueError, match='detector.safetensors is of another network, which has these tensors'):
+        load_detector(file, other)
+    assert torch.equal(other.model[1][0].weight, before) and not hasattr(other, 'detector')
+    assert load_detector(file, same)(strange['flower']).equals(mine.detector(strange['flower']))
+    mine.model[0].mean += 0.3
+    with pytest.raises(ValueError, match='has changed since'):
+        mine.detector(strange['flower'])
+
+
+def test_wrappers_and_rounding_change_nothing(learn, strange):
+    mine = Learner(learn.dls, copy.deepcopy(learn.model), loss_func=learn.loss_func)
+    det = mine.ood_detector()
+    mine.model = torch.nn.DataParallel(torch.compile(mine.model, backend='eager'))
+    det.answer = det.answer * (1 + 2e-3)  # as much as a GPU rounds
+    assert len(det(strange['flower'])) == 60
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x + torch.rand_like(x))
+
+
+def test_a_random_network_has_no_answer_to_compare(learn, strange):
+    mine = Learner(learn.dls, Noisy(copy.deepcopy(learn.model)), loss_func=learn.loss_func)
+    det = mine.ood_detector()
+    assert det.answer is None and len(det(strange['flower'])) == 60
+
+
+def test_detectors_of_an_earlier_version(learn, det, strange, tmp_path):
+    file = det.save(tmp_path / 'detector.safetensors')
+    with safe_open(file, 'pt') as f:
+        tensors, about = {k: f.get_tensor(k) for k in f.keys() if k not in ('probe', 'answer')}, f.metadata()
+    save_file(tensors, file, about)
+    again = load_detector(file, Learner(learn.dls, small_cnn(1, 7)))
+    assert again(strange['flower']).equals(det(strange['flower'])) and again.answer is None
+    for name in 'probe', 'answer':
+        vars(again).pop(name)
+    again.weights = _sum_of_bits(again.learn.model)
+    again = pickle.loads(pickle.dumps(again))
+    assert again(strange['flower']).equals(det(strange['flower']))
+    with torch.no_grad():
+        again.learn.model[0].weight += 1
+    with pytest.raises(ValueError, match='has changed since'):
+        again(strange['flower'])
+
+
 def test_other_images_and_another_split_are_refused(folder, strange, tmp_path):
     dls = ImageDataLoaders.from_folder(folder, valid_pct=0.6, **plain)
     learn = untrained(dls)
@@ -437,6 +529,36 @@ def test_loading_checks_before_it_changes(learn, det, of_files, tmp_path):
     with pytest.raises(ValueError, match='is no saved detector'):
         load_detector(tmp_path / 'noise', learn)
     assert torch.equal(before, of_files.model[0].weight)
+
+
+def less(key, n):
+    return lambda tensors, about: (tensors | {key: tensors[key][:n]}, about)
+
+
+DAMAGED = {
+    'no metadata': lambda tensors, about: (tensors, '{}'),
+    'a list': lambda tensors, about: (tensors, '[]'),
+    'no JSON': lambda tensors, about: (tensors, about[:-1]),
+    'another score': lambda tensors, about: (tensors, about.replace('"energy"', '"mine"')),
+    'a rate in words': lambda tensors, about: (tensors, about.replace('"fpr": 0.05', '"fpr": "few"')),
+    'no scores': lambda tensors, about: ({k: v for k, v in tensors.items() if k != 'scores'}, about),
+    'five scores': less('scores', 5),
+    'a few scores lost': less('scores', 560),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_and_leaves_the_learner_alone(learn, det, damage, tmp_path):
+    file = det.save(tmp_path / 'detector.safetensors')
+    with safe_open(file, 'pt') as f:
+        tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()['detector']
+    tensors, about = damage(tensors, about)
+    save_file(tensors, file, dict(detector=about))
+    other = Learner(learn.dls, small_cnn(1, 7))
+    before = other.model[0].weight.clone()
+    with pytest.raises(ValueError, match='detector.safetensors is no saved detector .*give a whole file'):
+        load_detector(file, other)
+    assert torch.equal(other.model[0].weight, before)
 
 
 def test_a_score_with_code_is_not_saved(learn, tmp_path):

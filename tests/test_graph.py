@@ -30,6 +30,7 @@ from aoe_nb.energy import energy
 from aoe_nb.graph import Graph, flag_script, open_graph, resized
 from aoe_nb.images import Images
 from aoe_nb.models import imagenet_stats, small_cnn, with_stats
+from aoe_nb.sources import fit
 
 onnx = pytest.importorskip('onnxruntime')
 KEYS = 'label', 'probability', 'score', 'p', 'outlier'
@@ -461,6 +462,20 @@ def test_transforms_that_cannot_travel(photos, tmp_path):
     assert not list(tmp_path.iterdir())
     det.export(tmp_path / 'd.pt2', resize=dict(method='squish'))
     assert open_graph(tmp_path / 'd.pt2')[1]['resize']['method'] == 'squish'
+
+
+@pytest.mark.parametrize('rule', [None, dict(method='squish', mode='RGB', size=[4, 4], resample='bilinear')])
+def test_deep_files_become_what_8_bits_are(rule, tmp_path):
+    grey = np.arange(40, dtype=np.uint8).reshape(8, 5) * 6
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(grey).save(tmp_path / '8.png', exif=turned)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / '16.png', exif=turned)
+    want, got = (resized(Image.open(tmp_path / name), rule) for name in ('8.png', '16.png'))
+    assert np.array_equal(got, want) and (rule or np.array_equal(got, fit(Image.open(tmp_path / '16.png'))))
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / 'float.tif')
+    with pytest.raises(ValueError, match='save them in'):
+        resized(Image.open(tmp_path / 'float.tif'), rule)
 
 
 @pytest.mark.parametrize('method', ['crop', 'squish', 'pad'])

@@ -172,6 +172,14 @@ def test_nothing_to_count_is_refused(n):
         report_from_scores([1, 2], {})
 
 
+@pytest.mark.parametrize('seed', [-1, 0.5, None])
+def test_resamples_need_a_seed(seed):
+    with pytest.raises(ValueError, match='seed must be a whole number from 0 on'):
+        bootstrap_interval([1, 2], [3, 4], 9, seed)
+    with pytest.raises(ValueError, match='seed must be a whole number from 0 on'):
+        report_from_scores([1, 2], {'a': ('near', [3, 4])}, 9, seed)
+
+
 def test_a_class_that_cannot_be_adds_no_entropy():
     logits = torch.tensor([[2.0, 1.0]], requires_grad=True)
     masked = torch.cat([logits, torch.full((1, 1), -torch.inf)], 1)

@@ -101,6 +101,18 @@ def test_results_from_before_the_seal(tmp_path):
         read_result(path)
 
 
+@pytest.mark.parametrize('value', [float('inf'), float('nan'), [1, float('inf')], Path('here')])
+def test_what_a_config_cannot_hold_is_named(value, tmp_path):
+    config = CONFIG | dict(margin=value)
+    with pytest.raises(ValueError, match='margin of a config is .* which JSON cannot hold'):
+        run(config, work, tmp_path)
+    if isinstance(value, float):
+        path = tmp_path / 'edited-00000000.json'
+        path.write_text(json.dumps(dict(config=config)))
+        with pytest.raises(ValueError, match=f'{path.name} .*margin of a config'):
+            read_result(path)
+
+
 def test_a_table_needs_whole_results(tmp_path):
     file = tmp_path / 'mine.json'
     file.write_text('{"ood": []}')

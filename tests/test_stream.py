@@ -227,6 +227,17 @@ def test_float_files_keep_their_values(learn, tmp_path):
     close(outliers(tmp_path / 'a.npy').x / 255, x, 1 / 500)
 
 
+def test_an_archive_has_one_array_of_images(learn, tmp_path):
+    x = X.numpy()
+    beside = dict(label=np.arange(len(x)), features=np.ones((len(x), 7)), images=x)
+    np.savez(tmp_path / 'one.npz', **beside)
+    np.savez(tmp_path / 'x.npz', **beside, x=x[:3])
+    np.savez(tmp_path / 'two.npz', **beside, masks=x[:, 0])
+    eq([len(outliers(tmp_path / name)) for name in ('one.npz', 'x.npz')], [len(x), 3])
+    for read in outliers, learn.ood_scores:
+        fails(lambda: read(tmp_path / 'two.npz'), contains='images, masks may all be its images')
+
+
 REFUSED = {
     'one image': (X[0], 'shape (N,C,H,W)'),
     'a number': (3, 'drawn from a int'),
@@ -516,6 +527,45 @@ def test_pipelines_of_other_make(photos):
         close(learn.ood_scores(other), by_hand(learn, as_given(dls, sorted(other.iterdir()))), 1e-4)
         close(learn.ood_scores([Image.open(o) for o in sorted(other.iterdir())]), learn.ood_scores(other), 1e-4)
         eq(learn.expose(other).exposed(3)[0].shape, (3, c, 8, 8))
+
+
+DEEP = {
+    '16.png': lambda grey: grey.astype(np.uint16) * 257,
+    '16.tif': lambda grey: grey.astype(np.uint16) * 257,
+    '16.pgm': lambda grey: grey.astype(np.uint16) * 257,
+    'float.tif': lambda grey: grey.astype(np.float32) / 255,
+}
+
+
+@pytest.mark.parametrize('name', DEEP)
+def test_deep_files_are_scaled_in_a_learners_pipeline_too(name, photos, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (BIG, BIG), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / '8.png')
+    Image.fromarray(DEEP[name](grey)).save(tmp_path / name)
+    learn = pipeline(photos)
+    want = learn.ood_scores(tmp_path / '8.png')
+    for source in tmp_path / name, Image.open(tmp_path / name), [png(tmp_path / name)], [(str(tmp_path / name), -1)]:
+        eq(learn.ood_scores(source), want)
+    eq(next(pixel_batches(tmp_path / name, 1, learn)), next(pixel_batches(tmp_path / '8.png', 1, learn)))
+
+
+def test_deep_files_without_a_range_are_refused_in_a_learners_pipeline_too(photos, tmp_path):
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)).save(tmp_path / '32.tif')
+    Image.fromarray(np.arange(64, dtype=np.float32).reshape(8, 8)).save(tmp_path / 'float.tif')
+    for name, why in ('32.tif', 'of the kind I: save it'), ('float.tif', 'save them in [0,1]'):
+        fails(lambda: pipeline(photos).ood_scores(tmp_path / name), contains=why)
+
+
+def test_an_opener_of_ones_own_sees_deep_files_as_they_are(photos, tmp_path):
+    def dark(file: Path) -> PILImage:
+        return PILImage.create(np.zeros((8, 8, 3), np.uint8))
+
+    steps = dict(after_item=[ToTensor()], after_batch=[IntToFloatTensor()])
+    files = sorted((photos / 'train').rglob('*.png'))
+    sets = Datasets(files, [[dark], [lambda o: 0]], splits=[range(4), range(4, 8)])
+    learn = Learner(sets.dataloaders(bs=4, num_workers=0, **steps), small_cnn(3, 2), loss_func=CrossEntropyLossFlat())
+    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(tmp_path / '16.png')
+    eq(next(pixel_batches(tmp_path / '16.png', 1, learn)).max(), 0)
 
 
 def test_a_damaged_file_is_named_in_a_learners_pipeline_too(photos, tmp_path):
