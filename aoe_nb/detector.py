@@ -111,7 +111,7 @@ def _checksum(model):
     return res.hexdigest()
 
 def _sum_of_bits(model):
-    "The number that was the checksum in version 0.1.0, for detectors that were exported then"
+    "The number that was the checksum at first, for learners that were exported then"
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
     for o in model.state_dict().values():
@@ -271,6 +271,13 @@ def _check_classes(learn, score, n):
         warnings.warn('the network was trained to name several classes at once: the promise holds, '
                       'but class and probability are those of one among them', stacklevel=4)
 
+def _split(n, inliers, seed):
+    "Which of `n` images the rule is made of, which are left for reports, and what the former are"
+    if inliers is not None: return torch.arange(n),None,f'{n:,} inliers that were given'
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    idx,rest = (o.sort().values for o in order.tensor_split([(n+1)//2]))
+    return idx,rest,f'half of the validation set, drawn with seed {seed}'
+
 @patch
 def ood_detector( # noqa: PLR0913
     self:Learner,
@@ -290,19 +297,14 @@ def ood_detector( # noqa: PLR0913
     bench = _Judge(self, score=score, bs=bs)
     judged = bench.judged(source)
     _check_classes(self, score, bench.n_classes)
-    idx,rest,what = torch.arange(len(judged)),None,f'{len(judged):,} inliers that were given'
-    if inliers is None:
-        order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(seed))
-        idx,rest = (o.sort().values for o in order.tensor_split([(len(order)+1)//2]))
-        what = f'half of the validation set, drawn with seed {seed}'
+    idx,rest,what = _split(len(judged), inliers, seed)
     scores,labels,_ = judged[idx].T
     classes = _class_names(self, bench.n_classes)
     about = _about(self, score, fpr=fpr, confidence=confidence, by=by, seed=seed, n=len(idx), classes=classes, on=what)
     if len(bench.shapes) > 1 and about['shape']: about['shape'][1:] = None,None # of any size
     seen = frozenset(names[i] for i in idx.tolist()) if names else frozenset()
     probe = min(bench.shapes)
-    answer = _answer(self.model, probe)
-    more = seen,rest,torch.tensor(probe),answer
+    more = seen,rest,torch.tensor(probe),_answer(self.model, probe)
     self.detector = Detector(self, score, scores, about, labels if by else None, *more)
     return self.detector
 
