@@ -10,6 +10,7 @@ import dis, hashlib, inspect, io, sys, sysconfig, warnings, numpy as np, torch
 from dataclasses import is_dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
+from logging import Logger
 from operator import attrgetter
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
@@ -55,7 +56,7 @@ def _named(o):
     return f'{module}.{name}{code_of(module)}'
 
 # %% ../nbs/15_cache.ipynb #0940bc14
-_plain = bool,int,float,complex,str,bytes,torch.dtype,torch.device
+_plain = bool,int,float,complex,str,bytes,Path,torch.dtype,torch.device
 
 def _values(o):
     "Type, shape and bytes of an array or tensor"
@@ -89,6 +90,7 @@ def _parts(o, seen):
     elif isinstance(o, nn.Module) or is_dataclass(o):
         settings = {k: v for k,v in vars(o).items() if k != 'training'}
         yield from _parts([type(o), settings], seen)
+    elif isinstance(o, Logger): yield o.name # what it is told changes no number
     else: raise Unnamed(f'a {type(o).__name__}')
 
 def _feed(digest, o):
